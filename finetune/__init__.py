@@ -1,0 +1,1 @@
+"""Program 2: fine-tune a pretrained encoder for classification."""

@@ -1,0 +1,63 @@
+"""What fine-tuning can be told: the shared sections, the encoder it starts from, the head, augmentation and evaluation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from vitssl.command import Command, help_text, parse
+from vitssl.config import Count, Section, Time, load
+from vitssl.report import show
+from vitssl.schedule import Duration
+from vitssl.sections import Fraction, ProgramConfig, Size, SourceConfig
+
+DEFAULT = Path(__file__).parent.parent / "configs" / "finetune" / "demo.yaml"
+FLAGS = {"--plan": "print every derived number and stop"}
+
+
+class HeadConfig(Section):
+    pooling: Literal["mean", "class"] | None = Field(None, description="of the tokens; null: what the export says")
+    init: Literal["zero", "trunc_normal"] = Field("zero", description="zero: the first loss is ln C (ViT); trunc_normal: MAE's")
+    std: float = Field(2e-5, gt=0, description="of trunc_normal")
+
+
+class AugmentConfig(Section):
+    scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="area of the random crop")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    rand_augment: str | None = Field(None, description="timm's RandAugment, such as rand-m9-mstd0.5-inc1")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: off")
+    switch: Fraction = Field(0.5, description="probability of cutmix where both are on")
+    erasing: Fraction = Field(0.0, description="probability that a rectangle is erased by noise")
+
+
+class TestConfig(SourceConfig):
+    every: Time = Field(Duration(10, "%"), description="between two evaluations")
+    crop_pct: Fraction = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
+
+
+class FinetuneConfig(ProgramConfig):
+    """Everything ``python -m finetune`` can be told."""
+
+    encoder: str = Field("newest", description="an export (folder, run or .safetensors); newest: the last one below run.dir")
+    weights: Literal["pretrained", "random"] = Field("pretrained", description="random: the same network from scratch")
+    mode: Literal["full", "linear"] = Field("full", description="linear: the encoder stays frozen")
+    image_size: Size | None = Field(None, description="pixels; null: what the encoder was pretrained at")
+    drop_path: Fraction = Field(0.1, description="stochastic depth of the last block; earlier ones linearly less")
+    smoothing: Fraction = Field(0.0, description="label smoothing")
+    labelled: Count | None = Field(
+        None, description="how many labelled images to train on, class-balanced and seeded; null: all"
+    )
+    head: HeadConfig = HeadConfig()
+    augment: AugmentConfig = AugmentConfig()
+    test: TestConfig = TestConfig()
+
+
+def read(argv: Sequence[str]) -> tuple[FinetuneConfig | None, Command]:
+    """The config of a command line, or None where help was all that was asked for. Raises ConfigError."""
+    command = parse(argv, flags={"--plan": ()})
+    if "--help" in command.flags:
+        show(help_text("finetune", "Fine-tune a pretrained encoder for classification.", FinetuneConfig, FLAGS))
+        return None, command
+    return load(FinetuneConfig, command.config or DEFAULT, command.overrides), command

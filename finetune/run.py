@@ -1,0 +1,168 @@
+"""Fine-tuning, from an exported encoder to a classifier: which decisions are made, and in which order."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.config import FinetuneConfig
+from vitssl import dist
+from vitssl.command import Command
+from vitssl.data.augment import erasing, mixer, rand_augment
+from vitssl.data.feed import evaluation_samples, open_configured, share
+from vitssl.data.sources import Source, take_labelled
+from vitssl.errors import DataError
+from vitssl.models.heads import ClassificationHead
+from vitssl.objectives.classify import Classify
+from vitssl.report import Report
+from vitssl.train.evaluate import evaluate
+from vitssl.train.export import load_encoder, newest_export, write_export
+from vitssl.train.folder import run_folder
+from vitssl.train.loop import Event
+from vitssl.train.session import Session, begin_session, show_plan
+from vitssl.views import View
+
+
+def run(config: FinetuneConfig, command: Command) -> int:
+    """The program after its command line. Returns the exit code."""
+    report = Report(run_folder(config), active=dist.rank() == 0)
+    if config.encoder == "newest":
+        config = config.model_copy(update={"encoder": str(newest_export(config.run.dir))})
+    source = open_training(config, report)
+    labels = source.label_array()
+    num_classes = len(source.classes) if source.classes else int(labels.max()) + 1
+
+    def build() -> Classify:
+        return build_task(config, num_classes)
+
+    def open_data(report: Report) -> Source:
+        return source
+
+    if "--plan" in command.flags:
+        show_plan(config, build, open_data, report)
+        return 0
+    session = begin_session(config, build, open_data, report)
+    if session is None:
+        return 0
+    test = Evaluation(session, source, num_classes)
+    spec = session.engine.task.encoder.spec
+    view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
+    policy = config.augment.rand_augment
+    augment = rand_augment(policy, mean=config.data.mean, size=min(spec.image_size)) if policy else None
+    reached = session.fit([view], channels=spec.channels, labels=True, augment=augment, events=[test.event()])
+    report.rest()
+    if reached < session.plan.steps:
+        report.say(f"stopped at step {reached:,} of {session.plan.steps:,}, saved. To go on:  {command.typed('finetune')}")
+    else:
+        test.finish()
+    session.engine.end()
+    return 0
+
+
+def open_training(config: FinetuneConfig, report: Report) -> Source:
+    """The labelled images to train on, all or a class-balanced few."""
+    source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
+    if source.label_array() is None:
+        raise DataError(f"{source.name}: fine-tuning needs a label for every image (.cls members, or class folders)")
+    return take_labelled(source, num=config.labelled, seed=config.seed) if config.labelled else source
+
+
+def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
+    """The exported encoder (or its like, from scratch) with a fresh head."""
+    changes: dict[str, Any] = {"drop_path": config.drop_path}
+    if config.image_size is not None:
+        changes["image_size"] = config.image_size
+    encoder, facts = load_encoder(Path(config.encoder), fill=config.weights == "pretrained", **changes)
+    pooling = config.head.pooling or facts["pooling"]
+    norm = encoder.drop_norm() if pooling == "mean" and config.mode == "full" else False
+    head = ClassificationHead(
+        encoder.spec.dim, num_classes, pooling=pooling, norm=norm, init=config.head.init, std=config.head.std
+    )
+    augment = config.augment
+    return Classify(
+        encoder,
+        head,
+        mean=config.data.mean,
+        std=config.data.std,
+        smoothing=config.smoothing,
+        mixup=mixer(augment.mixup, augment.cutmix, switch=augment.switch, num_classes=num_classes),
+        erasing=erasing(augment.erasing),
+        mode=config.mode,
+        layer_decay=config.optim.layer_decay or 1.0,
+    )
+
+
+class Evaluation:
+    """Accuracy on the test images on the way and at the end; the best classifier and the last are kept."""
+
+    def __init__(self, session: Session, training: Source, num_classes: int) -> None:
+        self.session, self.classes, self.num_classes = session, training.classes, num_classes
+        config, spec = session.config, session.engine.task.encoder.spec
+        if config.test.path is None:
+            raise DataError("test.path: has no value; name labelled images to be tested on, as in test.path=/my/test-photos")
+        source = open_configured(config.test, key="test")
+        if source.labels and int(np.max(source.label_array())) >= num_classes:
+            raise DataError(
+                f"{source.name}: has label {np.max(source.label_array())}, training has classes 0 to {num_classes - 1}"
+            )
+        view = View(size=spec.image_size, resize=round(min(spec.image_size) / config.test.crop_pct))
+        self.samples = evaluation_samples(source, [view], channels=spec.channels, labels=True)
+
+    def event(self) -> Event:
+        """The evaluation as something the loop does."""
+        return Event(every=self.session.steps(self.session.config.test.every), act=self.act)
+
+    def act(self, step: int) -> None:
+        """Measure, write the row, and keep the classifier if none was better."""
+        session = self.session
+        result = evaluate(session.engine, share(self.samples), seed=session.config.seed)
+        best = max((row["top1"] for row in self.rows()), default=-1.0)
+        session.report.scalars({f"test/{name}": value for name, value in result.items()}, step)
+        session.report.rows("probes.jsonl", [{"step": step, **result, "images": len(self.samples)}])
+        session.report.say(f"step {step:,}  test {in_words(result)}")
+        if session.engine.main:
+            self.keep("last", step, result)
+            if result["top1"] > best:
+                self.keep("best", step, result)
+
+    def keep(self, which: str, step: int, result: dict[str, float]) -> None:
+        """Write the classifier as timm's own: ``export/<which>/classifier.safetensors`` and ``.json``."""
+        session, task = self.session, self.session.engine.task
+        facts = {
+            "architecture": task.encoder.architecture,
+            "arguments": task.encoder.arguments | task.head.arguments,
+            "image_size": list(task.encoder.spec.image_size),
+            "mean": list(session.config.data.mean),
+            "std": list(session.config.data.std),
+            "pooling": task.head.pooling,
+            "classes": list(self.classes or map(str, range(self.num_classes))),
+            "run": str(session.folder),
+            "step": step,
+            "top1": result["top1"],
+        }
+        state = task.encoder.state() | task.head.state()
+        write_export(session.folder / "export" / which, "classifier", state, facts)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every evaluation of the run so far."""
+        path = self.session.folder / "probes.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def finish(self) -> None:
+        """Say what was made, where it lies, and how good it is."""
+        session, rows = self.session, self.rows()
+        last, best = rows[-1], max(rows, key=lambda row: row["top1"])
+        report = [
+            ("test", f"{in_words(last)} of {len(self.samples):,} images after the last step"),
+            ("best", f"{best['top1']:.2%} at step {best['step']:,} (chosen on the same images)"),
+            ("classifier", f"{session.folder / 'export' / 'last' / 'classifier.safetensors'}, a plain timm state"),
+        ]
+        config = session.config
+        origin = config.encoder if config.weights == "pretrained" else f"scratch ({config.encoder} untouched)"
+        session.report.pairs(f"fine-tuned on {session.source.num_samples:,} labelled images from {origin}", report)
+
+
+def in_words(result: dict[str, float]) -> str:
+    """An evaluation in one phrase."""
+    return f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}"

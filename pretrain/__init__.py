@@ -1,0 +1,1 @@
+"""Program 1: pretrain a ViT encoder on images without labels."""

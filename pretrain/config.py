@@ -1,0 +1,58 @@
+"""What pretraining can be told: the shared sections, the encoder, the objectives, and what is watched on the way."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vitssl.command import Command, help_text, parse
+from vitssl.config import Count, Section, Time, load
+from vitssl.report import show
+from vitssl.schedule import Duration
+from vitssl.sections import EncoderConfig, Fraction, ProgramConfig, SourceConfig
+
+DEFAULT = Path(__file__).parent.parent / "configs" / "pretrain" / "demo.yaml"
+FLAGS = {
+    "--plan": "print every derived number and stop",
+    "--bench step": "time one training step beside a plain eager one, and stop",
+}
+
+
+class HeldoutConfig(SourceConfig):
+    every: Time = Field(Duration(10, "%"), description="between two measurements of the loss, masks fixed")
+    samples: Count = Field(512, description="images measured")
+    pictures: int = Field(8, ge=0, description="of them, reconstructed for the eye each time")
+
+
+class ProbeConfig(Section):
+    """kNN on frozen features. ``bank``: labelled images that vote (no path: no probe); ``queries``: those they vote on."""
+
+    bank: SourceConfig = SourceConfig()
+    queries: SourceConfig = SourceConfig()
+    bank_samples: Count = Field(10_000, description="of the bank, at most")
+    queries_samples: Count = Field(2_000, description="of the queries, at most")
+    crop_pct: Fraction = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
+    every: Time = Field(Duration(20, "%"), description="between two probes")
+    k: Count = Field(20, description="neighbours that vote")
+    temperature: float = Field(0.07, gt=0, description="of the vote's weights exp(cosine / T)")
+
+
+class PretrainConfig(ProgramConfig):
+    """Everything ``python -m pretrain`` can be told."""
+
+    encoder: EncoderConfig = EncoderConfig()
+    objectives: dict[str, dict[str, Any]] = Field({"mae": {}}, description="methods by name, each with its own settings")
+    pooling: Literal["mean", "class"] = Field("mean", description="of the tokens, for probes and in encoder.json")
+    weights: Path | None = Field(None, description="an export (folder or run) to start the encoder from")
+    heldout: HeldoutConfig = HeldoutConfig()
+    probe: ProbeConfig = ProbeConfig()
+
+
+def read(argv: Sequence[str]) -> tuple[PretrainConfig | None, Command]:
+    """The config of a command line, or None where help was all that was asked for. Raises ConfigError."""
+    command = parse(argv, flags={"--plan": (), "--bench": ("step",)})
+    if "--help" in command.flags:
+        show(help_text("pretrain", "Pretrain a ViT encoder on images without labels.", PretrainConfig, FLAGS))
+        return None, command
+    return load(PretrainConfig, command.config or DEFAULT, command.overrides), command

@@ -1,0 +1,100 @@
+"""Pretraining, from the config to an exported encoder: which decisions are made, and in which order."""
+
+import json
+from pathlib import Path
+
+from pretrain.config import PretrainConfig
+from pretrain.watch import watch
+from vitssl import dist, objectives
+from vitssl.command import Command
+from vitssl.data.feed import open_configured
+from vitssl.data.sources import Source
+from vitssl.errors import ConfigError
+from vitssl.models.encoder import Encoder
+from vitssl.models.plain import PlainMAE
+from vitssl.objectives.mixture import Mixture
+from vitssl.report import Report
+from vitssl.train.bench import bench_step
+from vitssl.train.export import encoder_facts, read_export, write_export
+from vitssl.train.folder import run_folder
+from vitssl.train.session import Session, begin_session, show_plan
+
+
+def run(config: PretrainConfig, command: Command) -> int:
+    """The program after its command line. Returns the exit code."""
+    report = Report(run_folder(config), active=dist.rank() == 0)
+
+    def build() -> Mixture:
+        return build_task(config)
+
+    def open_data(report: Report) -> Source:
+        return open_configured(config.data, key="data", progress=report.waiting("preparing data"))
+
+    if "--bench" in command.flags:
+        bench_step(config, build_task, plain_mae, report)
+    elif "--plan" in command.flags:
+        show_plan(config, build, open_data, report)
+    elif session := begin_session(config, build, open_data, report):
+        reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=watch(session))
+        if reached < session.plan.steps:
+            report.rest()
+            report.say(f"stopped at step {reached:,} of {session.plan.steps:,}, saved. To go on:  {command.typed('pretrain')}")
+        else:
+            finish(session)
+        session.engine.end()
+    return 0
+
+
+def build_task(config: PretrainConfig) -> Mixture:
+    """Encoder and objectives, freshly initialised, or the encoder from ``init.weights``."""
+    encoder = Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"}))
+    parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}
+    if config.weights:
+        state, facts = read_export(config.weights)
+        rows, columns = (side // patch for side, patch in zip(facts["image_size"], encoder.spec.patch))
+        encoder.load_state(state, resample=True, grid=(rows, columns))
+    return Mixture(encoder, parts, mean=config.data.mean, std=config.data.std)
+
+
+def plain_mae(task: Mixture) -> PlainMAE:
+    """The yardstick of ``--bench step``: the same shapes, written plainly. Raises ConfigError for other methods."""
+    if list(task.objectives) != ["mae"]:
+        raise ConfigError(f"--bench step compares MAE with a plain MAE, and this config has {', '.join(task.objectives)}")
+    mae = task.objectives["mae"]
+    return PlainMAE(task.encoder.spec, num_keep=mae.num_keep, **mae.config.decoder.model_dump())
+
+
+def finish(session: Session) -> None:
+    """Export, and say what was made, where it lies, and what comes next."""
+    config, plan, report, folder = session.config, session.plan, session.report, session.folder
+    encoder = session.engine.task.encoder
+    if session.engine.main:
+        facts = encoder_facts(
+            encoder,
+            config.encoder,
+            mean=list(config.data.mean),
+            std=list(config.data.std),
+            pooling=config.pooling,
+            method="+".join(config.objectives),
+            run=str(folder),
+            step=plan.steps,
+            samples=plan.steps * plan.batch_size,
+        )
+        write_export(folder / "export", "encoder", encoder.state(), facts)
+    report.rest()
+    rows = [
+        ("encoder", f"{folder / 'export' / 'encoder.safetensors'}, a plain timm state; encoder.json beside it says of what")
+    ]
+    rows += [("kNN", text)] if (text := probes_in_words(folder)) else []
+    rows += [("pictures", str(folder / "pictures"))] if (folder / "pictures").exists() else []
+    rows += [("curves", f"tensorboard --logdir {folder}")] if config.log.trackers else []
+    rows += [("next", f"python -m finetune encoder={folder / 'export'}")]
+    report.pairs(f"pretrained {plan.epochs:,.4g} epochs of {plan.samples:,} images, without labels", rows)
+
+
+def probes_in_words(folder: Path) -> str:
+    """The probes of a run, first to last."""
+    path = folder / "probes.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {row["step"]: f"{row['knn']:.1%} at step {row['step']:,}" for row in rows if "knn" in row}
+    return " -> ".join(list(found.values())[:1] + list(found.values())[1:][-1:])

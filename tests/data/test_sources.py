@@ -1,0 +1,233 @@
+"""Every source keeps one contract; what is missing or not understood is named with what was found."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitssl.data import sources
+from vitssl.data.sources import FolderSource, ShardSource, Source, Subset, find_shards, open_source, take_labelled
+from vitssl.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def photos(tmp_path: Path, encoded: Callable) -> Path:
+    """A nested folder of 6 images in two classes, a hidden one and two other files."""
+    files = {"cat/1.png": 1, "cat/deep/2.jpg": 2, "dog/3.PNG": 3, "dog/10.webp": 4, "dog/9.bmp": 5, "dog/z.tiff": 6}
+    for name, number in files.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number, format={"jpg": "JPEG"}.get(name[-3:], "PNG")))
+    for other in ("notes.txt", "dog/README", ".thumbs.png", ".git/x.png"):
+        path = tmp_path / "photos" / other
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    return tmp_path / "photos"
+
+
+def check_contract(source: Source) -> None:
+    """What holds of every source."""
+    num = source.num_samples
+    assert source.name and source.chunks.dtype == np.int64 and source.chunks.min() >= 1 and source.chunks.sum() == num
+    everything = source.read(range(num))
+    assert len({raw.key for raw in everything}) == num and all(raw.image and raw.where for raw in everything)
+    some = np.random.default_rng(0).integers(0, num, 2 * num)
+    assert source.read(some) == [everything[each] for each in some]
+    assert source.read([]) == []
+    labels = source.label_array()
+    assert (labels is not None) == source.labels
+    if labels is not None:
+        assert labels.dtype == np.int64 and labels.tolist() == [raw.label for raw in everything]
+    packed = pickle.dumps(source)
+    assert len(packed) < 4000
+    assert pickle.loads(packed).read(some) == source.read(some)
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder", "subset"])
+def test_contract(kind: str, shards: Path, photos: Path) -> None:
+    if kind == "folder":
+        check_contract(open_source(photos))
+    else:
+        source = open_source(shards)
+        check_contract(source if kind == "shards" else Subset(source, [99, 3, 40, 41]))
+
+
+def test_shards_give_the_bytes_and_labels_that_were_written(shards: Path, encoded: Callable, label_of: Callable) -> None:
+    source = ShardSource(str(shards))
+    raws = source.read([0, 39, 40, 99])
+    assert [raw.key for raw in raws] == ["0000", "0039", "0040", "0099"]
+    assert [raw.image for raw in raws] == [encoded(number) for number in (0, 39, 40, 99)]
+    assert [raw.label for raw in raws] == [label_of(number) for number in (0, 39, 40, 99)]
+    assert raws[2].where.startswith(f"{shards}/train-001.tar: 0040.png (byte ")
+
+
+def test_chunks_never_span_shards(shards: Path) -> None:
+    source = ShardSource(str(shards))
+    assert set(np.cumsum(source.chunks)) >= {40, 63, 100}
+    assert source.chunks.tolist() == [13, 13, 14, 11, 12, 12, 12, 13]
+
+
+def test_shards_read_more_files_than_are_kept_open(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.shards, "_OPEN", 1)
+    source = ShardSource(str(shards))
+    assert [raw.key for raw in source.read([0, 50, 99, 1, 51])] == ["0000", "0050", "0099", "0001", "0051"]
+    assert len(source._files) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["{}", "{}/train-{{000..002}}.tar", "{}/*.tar", "{}/train-00[0-2].tar", "{}/train-00{{0,1}}.tar::{}/train-002.tar",
+     ["{}/train-000.tar", "{}/train-{{001..002}}.tar"], ["{}"]],
+)  # fmt: skip
+def test_every_way_to_name_shards(shards: Path, path: str | list[str]) -> None:
+    named = path.format(shards, shards) if isinstance(path, str) else [each.format(shards) for each in path]
+    assert find_shards(named) == [str(shards / f"train-{number:03d}.tar") for number in range(3)]
+
+
+def test_a_path_that_exists_is_no_pattern(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
+    folder = tmp_path / "a[1]{2}"
+    folder.mkdir()
+    write_tar(folder / "s.tar", {"a.png": encoded(0)})
+    assert open_source(folder).num_samples == 1
+
+
+MISSING = {
+    "a range": ("{}/train-{{000..004}}.tar", r"2 of 5 shards are missing, the first is .*train-003\.tar; .* holds 3 tars, "),
+    "a glob": ("{}/test-*.tar", r"tar: nothing is there; .* holds 3 tars, train-000\.tar to train-002\.tar: correct data.path"),
+    "a file": ("{}/x.tar", r"x\.tar: nothing is there"),
+    "a folder": ("{}/none/x-{{0..1}}.tar", r"2 of 2 shards are missing, the first is .*; .*none is not a folder"),
+    "a list": (["{}/train-000.tar", "{}/no.tar"], r"no\.tar: nothing is there"),
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_missing_shards_are_named_with_what_was_found(shards: Path, kind: str) -> None:
+    path, message = MISSING[kind]
+    named = path.format(shards) if isinstance(path, str) else [each.format(shards) for each in path]
+    with pytest.raises(DataError, match=message) as error:
+        open_source(named)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["https://host/s-{000..009}.tar", "pipe:cat s.tar", "S3://bucket/s.tar", "hf://datasets/x"])
+def test_urls_and_pipes_are_refused(url: str) -> None:
+    for path in (url, [url]):
+        with pytest.raises(ConfigError, match=r"read from local disks only, no url and no pipe; copy them"):
+            open_source(path)
+
+
+def test_patterns_that_do_not_expand(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"braces do not match"):
+        open_source(str(tmp_path / "s-{000..0"))
+    with pytest.raises(ConfigError, match=r"empty list"):
+        open_source([])
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds no tar shards \(holds 1 files and no tar\)"):
+        open_source(tmp_path, kind="shards")
+
+
+def test_a_shard_that_changes_under_a_run_is_named(shards: Path) -> None:
+    source = ShardSource(str(shards))
+    (shards / "train-001.tar").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"train-001\.tar: 0040\.png \(byte .*\): the shard ends before this image does"):
+        source.read([40])
+    (shards / "train-002.tar").unlink()
+    with pytest.raises(DataError, match=r"train-002\.tar: 0099\.png .* cannot be read \(No such file"):
+        source.read([99])
+
+
+def test_folder_is_sorted_labelled_and_counts_what_it_leaves(photos: Path) -> None:
+    source = FolderSource(photos)
+    keys = [raw.key for raw in source.read(range(source.num_samples))]
+    assert keys == ["cat/1.png", "cat/deep/2.jpg", "dog/10.webp", "dog/3.PNG", "dog/9.bmp", "dog/z.tiff"]
+    assert source.classes == ("cat", "dog") and source.label_array().tolist() == [0, 0, 1, 1, 1, 1]
+    assert source.ignored == 2
+    (photos / "0.png").write_bytes(b"x")
+    loose = FolderSource(photos)
+    assert loose.num_samples == 7 and not loose.labels and loose.classes is None and loose.read([0])[0].label is None
+
+
+def test_folder_follows_links_once(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "more" / "linked.png")
+    (photos / "zebra").symlink_to(tmp_path / "more")
+    (photos / "zebra" / "loop").symlink_to(photos)
+    source = FolderSource(photos)
+    assert source.num_samples == 7 and source.classes == ("cat", "dog", "zebra")
+
+
+def test_folder_errors(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds no image \(1 other files\); images end in \.jpg, "):
+        open_source(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"is not a folder; correct data.path"):
+        open_source(tmp_path / "none", kind="folder")
+    source = FolderSource(photos)
+    (photos / "cat" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"cat/1\.png: cannot be read \(No such file"):
+        source.read([0])
+
+
+def test_split_picks_shards_or_a_sub_folder(shards: Path, photos: Path, write_tar: Callable, encoded: Callable) -> None:
+    write_tar(shards / "test-000.tar", {"t.png": encoded(0)})
+    assert open_source(shards).num_samples == 101
+    assert open_source(shards, split="train").num_samples == 100
+    assert open_source(shards, split="test").read([0])[0].key == "t"
+    assert open_source(photos, split="cat").num_samples == 2
+    with pytest.raises(DataError, match=r"no folder 'val' and no shards val-\*\.tar \(it holds test-000\.tar, "):
+        open_source(shards, split="val")
+    with pytest.raises(ConfigError, match=r"split 'test' is looked up in a folder"):
+        open_source(f"{shards}/*.tar", split="test")
+
+
+def test_demo_is_rendered_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path) -> None:
+    rendered = []
+    monkeypatch.setattr(sources.demo, "render", lambda folder, *, progress: rendered.append((folder, progress)))
+    assert open_source(shards, kind="demo").num_samples == 100
+    assert rendered == [(shards, None)]
+    with pytest.raises(DataError, match=r"no shards test-"):
+        open_source(shards, kind="demo", split="test")
+    with pytest.raises(ConfigError, match=r"one folder"):
+        open_source([str(shards)], kind="demo")
+
+
+def test_few_labels_are_balanced_seeded_and_nested(shards: Path) -> None:
+    source = ShardSource(str(shards))
+    counts = np.bincount(source.label_array())
+    assert counts.tolist() == [10, 20, 30, 40]
+    chosen = take_labelled(source, num=20, seed=0)
+    assert np.bincount(chosen.label_array()).tolist() == [5, 5, 5, 5]
+    assert (np.diff(chosen.ids) > 0).all()
+    assert np.array_equal(chosen.ids, take_labelled(source, num=20, seed=0).ids)
+    assert not np.array_equal(chosen.ids, take_labelled(source, num=20, seed=1).ids)
+    assert set(chosen.ids) < set(take_labelled(source, num=23, seed=0).ids)
+    assert sorted(np.bincount(take_labelled(source, num=23, seed=0).label_array()).tolist()) == [5, 6, 6, 6]
+    sixty = np.bincount(take_labelled(source, num=60, seed=0).label_array()).tolist()  # the first class has only ten
+    assert sixty[0] == 10 and sorted(sixty) == [10, 16, 17, 17]
+    assert np.bincount(take_labelled(source, num=100, seed=0).label_array()).tolist() == [10, 20, 30, 40]
+
+
+def test_few_labels_need_labels_and_samples(shards: Path, write_tar: Callable, encoded: Callable) -> None:
+    source = ShardSource(str(shards))
+    for num in (0, 101):
+        with pytest.raises(DataError, match=r"cannot choose [\d,]+ of 100 labelled samples; ask for 1 to 100"):
+            take_labelled(source, num=num, seed=0)
+    write_tar(shards / "train-003.tar", {"a.png": encoded(0), "b.png": encoded(1)})
+    partly = ShardSource(str(shards))
+    assert not partly.labels and partly.label_array() is None and partly.read([100])[0].label is None
+    with pytest.raises(DataError, match=r"2 of 102 samples have no label; name a labelled set"):
+        take_labelled(partly, num=10, seed=0)
+    with pytest.raises(DataError, match=r"no sample was chosen of 100"):
+        Subset(source, [])
+
+
+def test_class_names_come_from_about_json(shards: Path) -> None:
+    assert ShardSource(str(shards)).classes is None
+    (shards / "about.json").write_text('{"classes": ["a", "b", "c", "d"]}')
+    assert ShardSource(str(shards)).classes == ("a", "b", "c", "d")
+    (shards / "about.json").write_text("[1")
+    assert ShardSource(str(shards)).classes is None

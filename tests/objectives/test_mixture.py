@@ -1,0 +1,141 @@
+"""The mixture: weights, shared views, draws by name, rules, and what it refuses; the table of methods."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from vitssl.data.augment import normalize
+from vitssl.errors import ConfigError
+from vitssl.models.encoder import Encoder
+from vitssl.objectives import TABLE, create, find, names
+from vitssl.objectives.base import Objective
+from vitssl.objectives.mixture import Mixture
+from vitssl.schedule import Clock
+from vitssl.task import Batch, Rule
+from vitssl.views import View
+
+VIEW = View(size=(16, 16), scale=(0.2, 1.0))
+CLOCK = Clock(step=3, total=10, samples=12, seed=5)
+
+
+class Probe(Objective):
+    """Remembers what it was given; its loss is its own scale."""
+
+    def __init__(self, config, spec, view: View = VIEW):
+        super().__init__(config, spec)
+        self.view = view
+        self.scale = nn.Parameter(torch.ones(2, 2))
+        self.bias = nn.Parameter(torch.ones(2))
+
+    def views(self):
+        return {"it": self.view}
+
+    def forward(self, nets, views, clock, draw):
+        self.seen, self.noise = views["it"], draw("noise", 5)
+        return self.scale.mean() + 0 * nets.student(views["it"]).patches.sum(), {"scale": self.scale.detach().mean()}
+
+
+class RuledProbe(Probe):
+    def param_rules(self):
+        return [Rule("all", "scale|bias", lr_scale=0.5, weight_decay=0.0)]
+
+
+class TaughtProbe(Probe):
+    needs_teacher = True
+
+
+def encoder() -> Encoder:
+    arguments = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    return Encoder.create("vit_tiny_patch16_224", image_size=16, patch_size=8, arguments=arguments)
+
+
+def mixture(**objectives: Objective) -> Mixture:
+    return Mixture(encoder(), objectives, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def probe(kind: type[Probe] = Probe, *, weight: float = 1.0, view: View = VIEW) -> Probe:
+    return kind(Probe.Config(weight=weight), encoder().spec, view)
+
+
+def batch(*views: View, positions: tuple[int, ...] = (9, 2)) -> Batch:
+    images = torch.arange(len(positions) * 3 * 256).reshape(len(positions), 3, 16, 16).to(torch.uint8)
+    return Batch(dict.fromkeys(views, images), torch.tensor(positions))
+
+
+def test_losses_are_weighted_and_metrics_named():
+    task = mixture(a=probe(weight=2.0), b=probe(weight=0.25))
+    loss, metrics = task(batch(VIEW), CLOCK)
+    assert loss.item() == pytest.approx(2.25)
+    assert set(metrics) == {"a/scale", "b/scale"}
+    loss.backward()
+    torch.testing.assert_close(task.objectives["b"].scale.grad, torch.full((2, 2), 0.0625))
+
+
+def test_equal_views_are_one_tensor():
+    other = View(size=(16, 16), scale=(0.3, 1.0))
+    task = mixture(a=probe(), b=probe(), c=probe(view=other))
+    assert task.views == {VIEW, other}
+    samples = batch(VIEW, other)
+    task(samples, CLOCK)
+    a, b, c = (task.objectives[name].seen for name in "abc")
+    assert a is b
+    assert c is not a
+    torch.testing.assert_close(a, normalize(samples.views[VIEW], torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])))
+
+
+def test_draws_belong_to_the_objective_and_the_sample():
+    alone, both = mixture(a=probe()), mixture(z=probe(), a=probe())
+    alone(batch(VIEW), CLOCK)
+    both(batch(VIEW, positions=(2, 50, 9)), CLOCK)
+    first, second = alone.objectives["a"].noise, both.objectives["a"].noise
+    assert torch.equal(first, second[[2, 0]])
+    assert not torch.equal(second, both.objectives["z"].noise)
+
+
+def test_every_parameter_has_one_rule():
+    task = mixture(plain=probe(), ruled=probe(RuledProbe))
+    for name, parameter in task.named_parameters():
+        vector = parameter.ndim <= 1 or name.endswith(".bias")
+        rules = [rule for rule in task.param_rules() if re.fullmatch(rule.pattern, name) and rule.vectors in (None, vector)]
+        assert len(rules) == 1, (name, rules)
+        ruled = name.startswith("objectives.ruled.")
+        assert (rules[0].name, rules[0].lr_scale) == (("ruled.all", 0.5) if ruled else (rules[0].name, 1.0))
+    names = [rule.name for rule in task.param_rules()]
+    assert len(names) == len(set(names))
+
+
+def test_features_come_through_the_same_door():
+    task, other = mixture(a=probe()), View(size=(16, 16))
+    features, metrics = task(batch(other), CLOCK, features="mean")
+    assert (features.shape, metrics) == ((2, 16), {})
+
+
+def test_statistics_are_not_part_of_the_state():
+    assert not {"mean", "std"} & set(mixture(a=probe()).state_dict())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: mixture(), "needs at least one"),
+        (lambda: mixture(a=probe(TaughtProbe)), "objectives.a needs a teacher"),
+        (lambda: Mixture(encoder(), {"a": probe()}, mean=(0.5,), std=(0.5,)), "1 and data.std 1 values for encoder.channels=3"),
+        (lambda: find("mea"), "objectives.mea: no such objective; did you mean mae"),
+        (lambda: create("qqq", {}, encoder().spec), "known are mae"),
+    ],
+)
+def test_what_cannot_run_is_refused(make, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_table_holds_objectives_with_working_defaults(name: str):
+    kind = find(name)
+    assert issubclass(kind, Objective)
+    assert kind.Config().weight == 1.0
+    assert TABLE[name].startswith("vitssl.objectives.")
+    objective = create(name, {}, encoder().spec)
+    assert all(isinstance(view, View) for view in objective.views().values())

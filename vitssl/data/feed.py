@@ -1,0 +1,76 @@
+"""From the config's data sections to samples and batches: the one place that chooses orders, lanes and workers."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from vitssl import dist
+from vitssl.data.loader import Samples, evaluation_batches
+from vitssl.data.order import Order, default_lanes
+from vitssl.data.sources import Source, Subset, open_source
+from vitssl.data.transforms import Augment
+from vitssl.errors import ConfigError
+from vitssl.sections import DataConfig, SourceConfig
+from vitssl.task import Batch
+from vitssl.views import View
+
+Progress = Callable[[int, int], None]
+
+
+def open_configured(config: SourceConfig, *, key: str, progress: Progress | None = None) -> Source:
+    """The source a config section names; ``key`` is the section, for messages. Raises ConfigError and DataError."""
+    if config.path is None:
+        raise ConfigError(
+            f"{key}.path: has no value; name your images, as in {key}.path=/my/photos or {key}.path=my-{{00..99}}.tar"
+        )
+    return open_source(config.path, kind=config.kind, split=config.split, progress=progress)
+
+
+def training_samples(
+    source: Source,
+    config: DataConfig,
+    views: Iterable[View],
+    *,
+    seed: int,
+    lanes: int | None = None,
+    channels: int,
+    labels: bool = False,
+    augment: Augment | None = None,
+) -> Samples:
+    """Samples in the run's shuffled order; ``lanes`` are those a continued run was started with."""
+    lanes = lanes or choose_lanes(source, config)
+    order = Order(source.chunks, seed=seed, lanes=lanes, window=config.window)
+    return Samples(source, order, views, seed=seed, channels=channels, labels=labels, augment=augment)
+
+
+def evaluation_samples(
+    source: Source, views: Iterable[View], *, seed: int = 0, channels: int, labels: bool = False, limit: int | None = None
+) -> Samples:
+    """Samples in their own order, at most ``limit`` of them, spread evenly over the source.
+
+    A view with a random crop is drawn from (``seed``, the sample's place), so it is the same crop every time.
+    """
+    if limit is not None and limit < source.num_samples:
+        source = Subset(source, np.linspace(0, source.num_samples - 1, limit).astype(np.int64))
+    order = Order(source.chunks, seed=seed, lanes=1, shuffle=False)
+    return Samples(source, order, views, seed=seed, channels=channels, labels=labels)
+
+
+def share(samples: Samples, *, batch_size: int = 128, workers: int = 0) -> Iterator[Batch]:
+    """This process's part of an evaluation: over all processes each sample comes once."""
+    return evaluation_batches(samples, batch_size=batch_size, rank=dist.rank(), world=dist.world(), workers=workers)
+
+
+def choose_lanes(source: Source, config: DataConfig) -> int:
+    """The config's lanes, else by the number of samples alone, so that any number of processes trains the same run."""
+    return config.lanes or default_lanes(source.num_samples)
+
+
+def choose_workers(config: DataConfig, *, device: str) -> int:
+    """Loader processes for each training process: the config's, else the cores that training leaves (on a CPU: one)."""
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world()))
+    return 1 if device == "cpu" else max(1, min(16, cores // max(1, local) - 1))

@@ -1,0 +1,184 @@
+"""The sidecar index of a tar shard: where each sample's image lies, so that one ``pread`` fetches it.
+
+A sidecar is one JSON line (format, identity of the shard, counts) followed by fixed-width records that are memory-mapped, so
+opening it costs nothing, its pages are shared by all workers, and nothing is unpickled. It lies next to its shard or, where
+that is not writable, in ``$VITSSL_CACHE`` (default ``~/.cache/vitssl``), and is rebuilt when the shard's size or the hash
+of its first and last 64 KiB differs. Surprising: a shard without its end-of-archive marker is refused, because an archive
+cut exactly between two members looks just like that and would lose samples without a word.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from vitssl.data import tarscan
+from vitssl.errors import DataError
+
+VERSION = 1
+NO_LABEL = np.iinfo(np.int64).min
+_ENDS = 64 << 10  # bytes at each end of a shard that go into its identity
+_POOL_FROM = 4  # shards to scan from which starting processes pays
+
+
+@dataclass
+class ShardIndex:
+    """The index of one shard. Picklable in a few bytes: the records are mapped again from the sidecar where they are used."""
+
+    shard: str
+    identity: str  # size and hash of the ends
+    num_samples: int
+    num_unlabelled: int
+    ignored: int  # members that belong to no sample: links, devices, names without an extension
+    key_bytes: int
+    sidecar: str | None = None  # None where no sidecar could be written: the records then travel with the pickle
+    _records: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def records(self) -> np.ndarray:
+        """[num_samples] records of :func:`record_type`; DataError where the sidecar was replaced by that of another shard."""
+        if self._records is None:
+            found = _read(Path(self.sidecar), shard=self.shard)
+            if found is None or found.identity != self.identity:
+                raise DataError(f"{self.sidecar}: the index changed while in use; leave the shards alone and start again")
+            self._records = found._records
+        return self._records
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | ({"_records": None} if self.sidecar else {})
+
+
+def record_type(key_bytes: int) -> np.dtype:
+    """One sample: its key (UTF-8), the image's byte offset and length in the shard, the label, the image's extension."""
+    fields = [("key", f"S{key_bytes}"), ("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("extension", "S5")]
+    return np.dtype(fields)
+
+
+def index_shards(
+    shards: Sequence[str], *, progress: Callable[[int, int], None] | None = None, processes: int | None = None
+) -> list[ShardIndex]:
+    """The index of every shard, in order: read from its sidecar, or built and written where that is missing or stale.
+
+    ``progress(shards done, shards in all)`` is called as they finish; ``processes`` (default: one per CPU, at most 16) scan
+    side by side. Raises DataError naming the shard: empty, truncated, compressed, damaged, a sample without an image, a bad
+    label.
+    """
+    found = [load_index(shard) for shard in shards]
+    missing = [number for number, index in enumerate(found) if index is None]
+    processes = min(processes or os.cpu_count() or 1, len(missing), 16)
+    names = [shards[number] for number in missing]
+    if progress is not None:
+        progress(len(shards) - len(missing), len(shards))
+    if processes > 1 and len(missing) >= _POOL_FROM:
+        # Fork: the children only read tars with numpy, and starting afresh would import the program again.
+        context = multiprocessing.get_context("fork")
+        ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=ignore_interrupt) as pool:
+            _fill(found, missing, pool.map(build_index, names), progress)
+    else:
+        _fill(found, missing, map(build_index, names), progress)
+    return found
+
+
+def load_index(shard: str) -> ShardIndex | None:
+    """The index in the shard's sidecar, or None where there is none that belongs to these bytes."""
+    sidecars = [path for path in _sidecars(shard) if path.exists()]
+    if not sidecars:
+        return None
+    identity = _identity(shard)
+    for path in sidecars:
+        index = _read(path, shard=shard)
+        if index is not None and index.identity == identity:
+            return index
+    return None
+
+
+def build_index(shard: str) -> ShardIndex:
+    """Scan a shard and write its sidecar. Raises DataError naming the shard, what is wrong with it and what to do."""
+    samples, ignored = tarscan.samples(shard)
+    keys = [sample.key.encode("utf-8", "surrogateescape") for sample in samples]
+    records = np.zeros(len(samples), record_type(max(map(len, keys))))
+    records["key"] = keys
+    records["offset"] = [sample.offset for sample in samples]
+    records["length"] = [sample.length for sample in samples]
+    records["label"] = [NO_LABEL if sample.label is None else sample.label for sample in samples]
+    records["extension"] = [sample.extension.encode() for sample in samples]
+    index = ShardIndex(
+        shard=shard,
+        identity=_identity(shard),
+        num_samples=len(samples),
+        num_unlabelled=int((records["label"] == NO_LABEL).sum()),
+        ignored=ignored,
+        key_bytes=records.dtype["key"].itemsize,
+        _records=records,
+    )
+    for path in _sidecars(shard):
+        try:
+            _write(index, path)
+        except OSError:
+            continue  # not writable, or full: the next place
+        index.sidecar = str(path)
+        break
+    return index
+
+
+def _fill(found: list, missing: list[int], built: "map[ShardIndex]", progress: Callable[[int, int], None] | None) -> None:
+    for done, (number, index) in enumerate(zip(missing, built, strict=True), start=1):
+        found[number] = index
+        if progress is not None:
+            progress(len(found) - len(missing) + done, len(found))
+
+
+def _sidecars(shard: str) -> tuple[Path, Path]:
+    """Where a shard's sidecar may lie, in order of preference."""
+    cache = Path(os.environ.get("VITSSL_CACHE") or "~/.cache/vitssl").expanduser()
+    place = hashlib.blake2b(os.path.abspath(shard).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return Path(f"{shard}.index"), cache / "index" / f"{place}.index"
+
+
+def _identity(shard: str) -> str:
+    with open(shard, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        ends = file.read(_ENDS)
+        file.seek(max(0, size - _ENDS))
+        return f"{size}-{hashlib.blake2b(ends + file.read(_ENDS), digest_size=16).hexdigest()}"
+
+
+def _write(index: ShardIndex, path: Path) -> None:
+    """Write under a temporary name, then rename: a reader sees a whole sidecar or none."""
+    head = {"format": "vitssl-index", "version": VERSION}
+    head |= {key: value for key, value in vars(index).items() if key not in ("shard", "sidecar", "_records")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(json.dumps(head).encode() + b"\n" + index.records.tobytes())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, *, shard: str) -> ShardIndex | None:
+    """The index a sidecar holds, or None where it is missing, of another version or damaged."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(4096)
+            head = json.loads(line)
+            if head.pop("format", None) != "vitssl-index" or head.pop("version", None) != VERSION:
+                return None
+            index = ShardIndex(shard=shard, sidecar=str(path), **head)
+            dtype = record_type(index.key_bytes)
+            if os.fstat(file.fileno()).st_size != len(line) + index.num_samples * dtype.itemsize:
+                return None
+        records = np.memmap(path, dtype=dtype, mode="r", offset=len(line), shape=(index.num_samples,))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    index._records = records.view(np.ndarray)
+    return index

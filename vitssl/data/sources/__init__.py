@@ -1,0 +1,62 @@
+"""Where images come from: tar shards, a folder of images, the demo, or a choice of samples of any of them.
+
+All keep the contract of :class:`Source`. Adding a source is one file here and one line in :func:`open_source`.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from vitssl.data import demo
+from vitssl.data.sources.base import Raw, Source
+from vitssl.data.sources.folder import FolderSource
+from vitssl.data.sources.shards import ShardSource, find_shards, is_shard
+from vitssl.data.sources.subset import Subset, take_labelled
+from vitssl.errors import ConfigError, DataError
+
+__all__ = ["FolderSource", "Raw", "ShardSource", "Source", "Subset", "find_shards", "open_source", "take_labelled"]
+
+Kind = Literal["auto", "shards", "folder", "demo"]
+
+
+def open_source(
+    path: str | os.PathLike | Sequence[str],
+    *,
+    kind: Kind = "auto",
+    split: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Source:
+    """Open what the user named.
+
+    ``auto``: a folder that holds tars, a pattern or a list are shards, any other folder is one of images. ``split`` picks the
+    sub-folder ``<split>/`` or the shards ``<split>-*.tar`` of a folder. ``demo`` renders the demo set into ``path`` once and
+    opens its ``train`` (default) or ``test`` split. ``progress(done, all)`` counts shards indexed (demo: also images drawn).
+    Raises ConfigError, and DataError where something is missing, empty or damaged.
+    """
+    path = [os.fspath(each) for each in path] if isinstance(path, list | tuple) else os.fspath(path)
+    if kind == "demo":
+        if not isinstance(path, str):
+            raise ConfigError(f"the demo is rendered into one folder, but data.path lists {len(path)}; name one folder")
+        demo.render(Path(path), progress=progress)
+        split = split or "train"
+    if split is not None:
+        path = _split(path, split)
+    if kind == "auto":
+        is_images = isinstance(path, str) and os.path.isdir(path) and not any(map(is_shard, os.listdir(path)))
+        kind = "folder" if is_images else "shards"
+    return FolderSource(path) if kind == "folder" else ShardSource(path, progress=progress)
+
+
+def _split(path: str | list[str], split: str) -> str | list[str]:
+    """The sub-folder of a split, or its shards."""
+    if not isinstance(path, str) or not os.path.isdir(path):
+        raise ConfigError(f"split {split!r} is looked up in a folder, but {path!r} is none; name a folder or no split")
+    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    if split in names and os.path.isdir(os.path.join(path, split)):
+        return os.path.join(path, split)
+    shards = [os.path.join(path, name) for name in names if is_shard(name) and name.startswith(f"{split}-")]
+    if not shards:
+        found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+        raise DataError(f"{path}: has no folder {split!r} and no shards {split}-*.tar (it holds {found}); correct it")
+    return shards

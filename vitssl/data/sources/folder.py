@@ -1,0 +1,78 @@
+"""A nested folder of images; labels are the first-level folders where every image lies in one.
+
+Chunks hold one file each (up to two million): a file is read by itself, so nothing is gained by keeping neighbours together.
+Surprising: linked folders are followed, each real folder once, because that is how people assemble data sets.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitssl.data.sources.base import Raw
+from vitssl.data.tarscan import IMAGES
+from vitssl.errors import DataError
+
+
+class FolderSource:
+    """Images below ``path``, sorted by their path. Hidden files and folders are skipped; ``ignored`` counts other files.
+
+    Raises DataError where the folder is missing or holds no image.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.name = os.fspath(path)
+        if not os.path.isdir(path):
+            raise DataError(f"{self.name}: is not a folder; correct data.path")
+        files = sorted(_files(self.name, set()), key=lambda file: file.split("/"))
+        images = [file for file in files if file.rpartition(".")[2].lower() in IMAGES]
+        self.ignored = len(files) - len(images)
+        if not images:
+            kinds = ", ".join(f".{kind}" for kind in IMAGES)
+            raise DataError(f"{self.name}: holds no image ({self.ignored:,} other files); images end in {kinds}")
+        # One array of bytes, not a list of strings: forked workers would copy its pages by counting references.
+        self._files = np.array([os.fsencode(file) for file in images])
+        self.num_samples = len(images)
+        size = -(-self.num_samples // 2_000_000)
+        self.chunks = np.diff(np.append(np.arange(0, self.num_samples, size), self.num_samples))
+        self.classes, self._labels = None, None
+        if all("/" in file for file in images):
+            names, labels = np.unique([file.partition("/")[0] for file in images], return_inverse=True)
+            self.classes, self._labels = tuple(names.tolist()), labels.astype(np.int64)
+        self.labels = self.classes is not None
+
+    def read(self, ids: Sequence[int]) -> list[Raw]:
+        """The samples of these ids, in this order. Raises DataError where a file is gone."""
+        return [self._read(number) for number in ids]
+
+    def label_array(self) -> NDArray[np.int64] | None:
+        """[N] labels, or None where an image lies outside the first-level folders."""
+        return self._labels
+
+    def _read(self, number: int) -> Raw:
+        file = os.fsdecode(self._files[number])
+        where = os.path.join(self.name, file)
+        try:
+            with open(where, "rb") as opened:
+                image = opened.read()
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read ({error.strerror or error}); put it back and start again") from None
+        label = None if self._labels is None else int(self._labels[number])
+        return Raw(key=file, image=image, label=label, where=where)
+
+
+def _files(folder: str, seen: set[str], prefix: str = "") -> Iterator[str]:
+    """Paths below ``folder`` with / between their parts, in no order."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files(entry.path, seen, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name

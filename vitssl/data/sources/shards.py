@@ -1,0 +1,165 @@
+"""Tar shards on local disks, read at member offsets through their sidecar index; nothing is buffered.
+
+Chunks are runs of samples of one shard. Surprising: the order of the samples is the order of the list, so patterns are
+expanded sorted, and a shard added at the end changes the order of a run but no sample's id.
+"""
+
+import glob
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitssl.data.index import ShardIndex, index_shards
+from vitssl.data.order import default_chunk
+from vitssl.data.sources.base import Raw
+from vitssl.errors import ConfigError, DataError
+
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones too: refused, not overlooked
+_OPEN = 128  # descriptors a process keeps
+
+
+class ShardSource:
+    """Shards named by a brace pattern (``{000..099}``), a glob, a list of these, a folder of tars or one tar.
+
+    ``progress(shards done, shards in all)`` is called while the index is built. Raises ConfigError for urls and patterns that
+    do not expand, and DataError for shards that are missing, empty, truncated, compressed or damaged.
+    """
+
+    def __init__(self, path: str | Sequence[str], *, progress: Callable[[int, int], None] | None = None) -> None:
+        self.name = path if isinstance(path, str) else _shortened(path)
+        self.shards: list[ShardIndex] = index_shards(find_shards(path), progress=progress)
+        counts = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
+        self.num_samples = int(counts.sum())
+        self.num_unlabelled = sum(shard.num_unlabelled for shard in self.shards)
+        self.ignored = sum(shard.ignored for shard in self.shards)
+        self.labels = self.num_unlabelled == 0
+        self.classes = _classes([shard.shard for shard in self.shards]) if self.labels else None
+        self.chunks = _chunks(counts, default_chunk(self.num_samples))
+        self._starts = np.cumsum(counts) - counts
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, ids: Sequence[int]) -> list[Raw]:
+        """The samples of these ids, in this order. Raises DataError where a shard is gone or shorter than its index says."""
+        ids = np.asarray(ids, dtype=np.int64)
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        places = ids - self._starts[shards]
+        return [self._read(shard, place) for shard, place in zip(shards.tolist(), places.tolist(), strict=True)]
+
+    def label_array(self) -> NDArray[np.int64] | None:
+        """[N] labels, or None unless every sample has one (``num_unlabelled`` counts those that have none)."""
+        return np.concatenate([shard.records["label"] for shard in self.shards]) if self.labels else None
+
+    def _read(self, number: int, place: int) -> Raw:
+        shard = self.shards[number]
+        key, offset, length, label, extension = shard.records[place].tolist()
+        key = key.decode("utf-8", "replace")
+        where = f"{shard.shard}: {key}.{extension.decode()} (byte {offset:,})"
+        try:
+            image = os.pread(self._descriptor(number), length, offset)
+        except OSError as error:
+            raise DataError(
+                f"{where}: cannot be read ({error.strerror or error}); put the shard back and start again"
+            ) from None
+        if len(image) < length:
+            raise DataError(f"{where}: the shard ends before this image does; it changed since the run started: restore it")
+        return Raw(key=key, image=image, label=label if label >= 0 else None, where=where)
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._files:
+            self._files[number] = os.open(self.shards[number].shard, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._files) > _OPEN:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(number)
+        return self._files[number]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+
+def find_shards(path: str | Sequence[str]) -> list[str]:
+    """The local shards that a brace pattern, a glob, a folder, a file or a list of these names, in order."""
+    if isinstance(path, str):
+        return _expand(path)
+    if not path:
+        raise ConfigError("data.path is an empty list; name at least one shard")
+    return [shard for each in path for shard in _expand(each)]
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file name is that of a tar."""
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def _expand(pattern: str) -> list[str]:
+    if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", pattern, flags=re.IGNORECASE):
+        raise ConfigError(
+            f"{pattern!r}: shards are read from local disks only, no url and no pipe; copy them and name their path"
+        )
+    path = os.path.expanduser(pattern)
+    if os.path.isdir(path):
+        shards = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_shard(name)]
+        if not shards:
+            raise DataError(f"{pattern}: this folder holds no tar shards ({_holds(path)}); correct data.path")
+        return shards
+    if os.path.exists(path):
+        return [path]
+    from webdataset.shardlists import expand_urls  # imports torch's data loading: only where a pattern is to be expanded
+
+    try:
+        expanded = expand_urls(path)
+    except ValueError as error:
+        raise ConfigError(f"{pattern!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
+    shards, missing = [], []
+    for each in expanded:
+        found = [each] if os.path.isfile(each) else sorted(glob.glob(each))
+        shards += found
+        missing += [] if found else [each]
+    if missing:
+        folder = os.path.dirname(missing[0]) or "."
+        what = "nothing is there"
+        if len(expanded) > 1:
+            what = f"{len(missing)} of {len(expanded)} shards are missing, the first is {missing[0]}"
+        raise DataError(f"{pattern}: {what}; {folder} {_holds(folder)}: correct data.path")
+    return shards
+
+
+def _holds(folder: str) -> str:
+    """What a folder holds, in words, for a message about what it does not."""
+    if not os.path.isdir(folder):
+        return "is not a folder"
+    names = sorted(os.listdir(folder))
+    shards = [name for name in names if is_shard(name)]
+    if not shards:
+        return f"holds {len(names)} files and no tar"
+    return f"holds {len(shards)} tars, {shards[0]} to {shards[-1]}"
+
+
+def _chunks(counts: NDArray, size: int) -> NDArray[np.int64]:
+    """Each shard cut into chunks of ``size`` samples, the rest spread so that no chunk is a crumb."""
+    pieces = -(-counts // size)  # per shard
+    shard = np.repeat(np.arange(len(counts)), pieces)
+    place = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return counts[shard] * (place + 1) // pieces[shard] - counts[shard] * place // pieces[shard]
+
+
+def _classes(shards: list[str]) -> tuple[str, ...] | None:
+    """The class names of the ``about.json`` beside the shards, where there is one: for display, never for decisions."""
+    try:
+        with open(os.path.join(os.path.dirname(shards[0]), "about.json"), encoding="utf-8") as file:
+            classes = json.load(file)["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(map(str, classes)) if isinstance(classes, list) else None
+
+
+def _shortened(paths: Sequence[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more" if paths else "no shards"

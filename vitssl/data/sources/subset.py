@@ -1,0 +1,56 @@
+"""A choice of a source's samples, itself a source; and the class-balanced choice that few-label fine-tuning trains on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from vitssl import draws
+from vitssl.data.sources.base import Raw, Source
+from vitssl.errors import DataError
+from vitssl.views import purpose
+
+
+class Subset:
+    """The samples ``ids`` of ``source``, renumbered from 0. Each is a chunk of its own (up to two million chunks)."""
+
+    def __init__(self, source: Source, ids: ArrayLike) -> None:
+        self.source, self.ids = source, np.asarray(ids, dtype=np.int64)
+        self.num_samples = len(self.ids)
+        if not self.num_samples:
+            raise DataError(f"{source.name}: no sample was chosen of {source.num_samples:,}; choose at least one")
+        self.name = f"{self.num_samples:,} samples of {source.name}"
+        self.labels, self.classes = source.labels, source.classes
+        size = -(-self.num_samples // 2_000_000)
+        self.chunks = np.diff(np.append(np.arange(0, self.num_samples, size), self.num_samples))
+
+    def read(self, ids: Sequence[int]) -> list[Raw]:
+        """The samples of these ids of the subset, in this order."""
+        return self.source.read(self.ids[np.asarray(ids, dtype=np.int64)].tolist())
+
+    def label_array(self) -> NDArray[np.int64] | None:
+        """[N] labels, or None unless every sample of the source has one."""
+        labels = self.source.label_array()
+        return None if labels is None else labels[self.ids]
+
+
+def take_labelled(source: Source, *, num: int, seed: int) -> Subset:
+    """``num`` labelled samples, as many of each class as there are to be had, a function of (seed, source) alone.
+
+    Choices are nested: of one seed, the smaller is part of the larger. Raises DataError where labels or samples are missing.
+    """
+    labels = source.label_array()
+    if labels is None:
+        missing = getattr(source, "num_unlabelled", source.num_samples)
+        raise DataError(f"{source.name}: {missing:,} of {source.num_samples:,} samples have no label; name a labelled set")
+    if not 1 <= num <= len(labels):
+        raise DataError(
+            f"{source.name}: cannot choose {num:,} of {len(labels):,} labelled samples; ask for 1 to {len(labels):,}"
+        )
+    key = draws.hashed(seed, purpose("few labels"), torch.arange(len(labels)), 1)[:, 0].numpy()
+    order = np.lexsort((key, labels))  # class by class, at random inside each
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    rank = np.arange(len(labels)) - np.repeat(starts, counts)  # the how-manieth of its class
+    chosen = order[np.lexsort((key[order], rank))][:num]
+    return Subset(source, np.sort(chosen))

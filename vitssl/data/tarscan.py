@@ -1,0 +1,145 @@
+"""Reads the headers of a tar shard: which samples it holds and where their images lie. Nothing is extracted or decoded.
+
+Samples follow the webdataset convention: members that share their path up to the first dot of the file name are one sample.
+Only regular files count; links, devices and names without an extension are ignored and counted. Surprising: the standard
+library's reader takes damage behind the first member for the end of the archive; here that is an error.
+"""
+
+import json
+import tarfile
+from typing import BinaryIO, NamedTuple
+
+from vitssl.errors import DataError
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")  # where a sample has several, the first is taken
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_BLOCK = 512
+
+
+class Sample(NamedTuple):
+    """One sample of a shard: key, the image member's extension, byte offset and length, and the label where there is one."""
+
+    key: str
+    extension: str
+    offset: int
+    length: int
+    label: int | None
+
+
+def samples(shard: str) -> tuple[list[Sample], int]:
+    """The samples of a shard in the order of their first members, and the number of members that belong to none.
+
+    Raises DataError: missing, empty, compressed, truncated or damaged shard; a sample without an image, or with two members
+    of one name; a label that is not a whole number >= 0.
+    """
+    try:
+        with open(shard, "rb") as file:
+            return _group(shard, file)
+    except OSError as error:
+        raise DataError(f"{shard}: cannot be read ({error.strerror or error}); check the path and its permissions") from None
+
+
+def _group(shard: str, file: BinaryIO) -> tuple[list[Sample], int]:
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    ignored = 0
+    for member in _members(shard, file):
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        about = stem.startswith("__") and stem.endswith("__")  # webdataset's own notes, such as __index__.json
+        if not member.isreg() or member.issparse() or not stem or not extension or about:
+            ignored += not member.isdir()
+            continue
+        group = groups.setdefault(folder + slash + stem, {})
+        if extension in group:
+            raise DataError(f"{shard}: two members are named {member.name!r}; write the shard again with distinct keys")
+        group[extension] = member
+    if not groups:
+        raise DataError(f"{shard}: holds no samples; remove it from the list or write it again")
+    return [_sample(shard, file, key, group) for key, group in groups.items()], ignored
+
+
+def _members(shard: str, file: BinaryIO) -> "list[tarfile.TarInfo]":
+    """Every member of the archive, or DataError where it does not reach its end-of-archive marker."""
+    start = file.read(6)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(f"{shard}: is compressed ({name}), so no sample can be read by its offset; unpack it to .tar")
+    file.seek(0)
+    if not start:
+        raise DataError(f"{shard}: is an empty file; fetch it again or remove it from the list")
+    members, offset = [], 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+            while (member := tar.next()) is not None:
+                if tar.offset <= offset or member.size < 0:
+                    raise tarfile.ReadError("a member of negative size")
+                offset = tar.offset
+                members.append(member)
+    except (tarfile.TarError, ValueError, OverflowError, LookupError) as error:
+        raise _damaged(shard, file, members, offset, str(error)) from None
+    _check_end(shard, file, members, offset)
+    return members
+
+
+def _check_end(shard: str, file: BinaryIO, members: "list[tarfile.TarInfo]", offset: int) -> None:
+    """The standard library stops quietly at whatever is not a header: only a block of zeros is the end."""
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if len(block) < _BLOCK:
+        raise _damaged(shard, file, members, offset, "no end-of-archive marker")
+    if any(block):
+        raise _damaged(shard, file, members, offset, "bytes that are no tar header")
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise DataError(
+                f"{shard}: more data follows the end-of-archive marker at byte {offset:,}, so samples would be lost; "
+                "join archives with tar --concatenate, or list them one by one"
+            )
+
+
+def _damaged(shard: str, file: BinaryIO, members: "list[tarfile.TarInfo]", offset: int, reason: str) -> DataError:
+    size = file.seek(0, 2)
+    last = "at its first member"
+    if members:
+        last = f"{'after' if offset <= size else 'inside'} member {members[-1].name!r}"
+    place = f"byte {min(offset, size):,} of {size:,}: {reason}"
+    return DataError(f"{shard}: is truncated or damaged {last} ({place}); fetch it again or remove it from the list")
+
+
+def _sample(shard: str, file: BinaryIO, key: str, group: "dict[str, tarfile.TarInfo]") -> Sample:
+    lower = {extension.lower(): extension for extension in group}
+    image = next((lower[extension] for extension in IMAGES if extension in lower), None)
+    if image is None:
+        found = ", ".join(f".{extension}" for extension in group)
+        kinds = ", ".join(f".{kind}" for kind in IMAGES)
+        raise DataError(f"{shard}: sample {key!r} has no image, only {found}; images end in {kinds}: write the shard again")
+    label = None
+    if "cls" in lower:
+        label = _label(shard, group[lower["cls"]], _bytes(file, group[lower["cls"]]))
+    elif "json" in lower:
+        label = _label_in_json(shard, group[lower["json"]], _bytes(file, group[lower["json"]]))
+    return Sample(key=key, extension=image, offset=group[image].offset_data, length=group[image].size, label=label)
+
+
+def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
+def _label(shard: str, member: tarfile.TarInfo, content: bytes) -> int:
+    text = content[:64].strip()
+    if not text.isdigit() or len(text) > 18:
+        raise DataError(f"{shard}: label {member.name!r} is {content[:20]!r}, not a whole number from 0; write the shard again")
+    return int(text)
+
+
+def _label_in_json(shard: str, member: tarfile.TarInfo, content: bytes) -> int | None:
+    """The ``label`` or ``cls`` of a JSON object; None where it has no such key or the value is no number."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        raise DataError(f"{shard}: {member.name!r} is not valid JSON; write the shard again") from None
+    label = values.get("label", values.get("cls")) if isinstance(values, dict) else None
+    if isinstance(label, bool) or not isinstance(label, int):
+        return None
+    return _label(shard, member, str(label).encode())

@@ -1,0 +1,75 @@
+"""Processes: who we are, how many, and the few collectives the library needs. All of them work on one process alone."""
+
+import os
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number, from the process group, else from the launcher's environment."""
+    return td.get_rank() if _started() else int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes train together."""
+    return td.get_world_size() if _started() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on each of them; not differentiable."""
+    if _started() and world() > 1:
+        values = values.clone()
+        td.all_reduce(values)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[B_p, ...] of every process, of different lengths if need be -> [sum B_p, ...] in the order of the processes."""
+    if not _started() or world() == 1:
+        return rows
+    counts = torch.zeros(world(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    td.all_reduce(counts)
+    longest = int(counts.max())
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    td.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist())])
+
+
+class Agreement:
+    """A vote a step that waits for no GPU: each process sends its flags and reads the sum of the step before.
+
+    The votes travel over a gloo group of their own, so they neither wait for nor delay the gradients; every process reads
+    the same answer in the same step, which is what lets all of them stop or save together.
+    """
+
+    def __init__(self) -> None:
+        self._group = td.new_group(backend="gloo") if _started() and world() > 1 else None
+        self._sent: tuple[Tensor, td.Work] | None = None
+
+    def vote(self, *flags: bool) -> tuple[bool, ...]:
+        """Send this step's flags; return, for each, whether any process raised it in the step before (alone: this step)."""
+        if self._group is None:
+            return flags
+        answer = [False] * len(flags)
+        if self._sent is not None:
+            votes, work = self._sent
+            work.wait()
+            answer = [bool(count) for count in votes.tolist()]
+        votes = torch.tensor(flags, dtype=torch.int32)
+        self._sent = votes, td.all_reduce(votes, group=self._group, async_op=True)
+        return tuple(answer)
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if _started() and world() > 1:
+        td.barrier()
+
+
+def _started() -> bool:
+    return td.is_available() and td.is_initialized()

@@ -1,0 +1,1 @@
+"""Networks: the encoder and its adapters, positions, predictors and heads. Knows no objective and no data."""

@@ -1,0 +1,1 @@
+"""One file for each family of timm models: how to embed, drop or replace tokens, and run the blocks."""

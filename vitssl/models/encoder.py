@@ -1,0 +1,255 @@
+"""The one door to a ViT: ``encoder(images, keep=...)`` drops tokens, ``mask=..., mask_token=...`` replaces them.
+
+The mask token belongs to the objective, so the encoder's state is a plain timm state: what pretraining writes,
+``timm.create_model(encoder.architecture, **encoder.arguments)`` loads strictly.
+
+Legend of shapes: B images, C channels, N patches, K kept patches, R prefix tokens (class, then registers), D width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vitssl.errors import CheckpointError, ConfigError
+from vitssl.models.adapters.timm_vit import OWN_KEYS, TimmViT, build, compile_in_place
+from vitssl.models.init import init_as_mae
+from vitssl.models.positions import Grid, ResampleRule, resample, sincos_2d
+from vitssl.models.state import by, require_fit
+
+Pooling = Literal["mean", "class"]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What others need to know of an encoder to fit their own modules and views to it."""
+
+    dim: int
+    depth: int
+    heads: int
+    patch: Grid  # pixels: height, width
+    grid: Grid  # patches: rows, columns
+    prefix: int  # class token and registers
+    channels: int = 3
+    class_token: bool = True  # whether the first prefix token is one
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def image_size(self) -> Grid:
+        """Height, width in pixels."""
+        return self.grid[0] * self.patch[0], self.grid[1] * self.patch[1]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an encoder gives: tokens after the final norm, and the outputs of the last blocks before it."""
+
+    prefix: Tensor  # [B, R, D]
+    patches: Tensor  # [B, N or K, D]
+    blocks: list["Tokens"] = field(default_factory=list)
+    class_token: bool = True
+
+    @property
+    def cls(self) -> Tensor | None:
+        """[B, D], or None where the model has no class token (registers alone are not one)."""
+        return self.prefix[:, 0] if self.class_token else None
+
+    def pool(self, pooling: Pooling) -> Tensor:
+        """[B, D]: the mean over patches, or the class token. Raises ConfigError for a class token that is not there."""
+        if pooling == "mean":
+            return self.patches.mean(dim=1)
+        if self.cls is None:
+            raise ConfigError("pooling=class needs a class token and this encoder has none; use pooling=mean")
+        return self.cls
+
+
+TokensOrTensor = TypeVar("TokensOrTensor", Tokens, Tensor)
+
+
+class Encoder(nn.Module):
+    """A ViT behind an adapter. Its parameters are called ``vit.<name in timm>``; :meth:`state` gives the plain names.
+
+    ``checkpointing`` is a switch: blocks then keep only their inputs and are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, vit: TimmViT, spec: EncoderSpec, *, architecture: str, arguments: dict[str, Any], positions: str
+    ) -> None:
+        super().__init__()
+        self.vit = vit
+        self.spec = spec
+        self.architecture = architecture
+        self.arguments = arguments
+        self.positions = positions
+        self.checkpointing = False
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        *,
+        image_size: int | Grid,
+        patch_size: int | Grid | None = None,
+        channels: int = 3,
+        registers: int | None = 0,
+        class_token: bool | None = True,
+        positions: Literal["learned", "sincos"] = "learned",
+        pos_resample: ResampleRule = "timm",
+        drop_path: float = 0.0,
+        weights_init: Literal["timm", "mae"] = "timm",
+        arguments: Mapping[str, Any] | None = None,
+    ) -> "Encoder":
+        """A new encoder over the timm ``VisionTransformer`` called ``name``, without a head.
+
+        ``None`` for patch size, registers or class token means what the name says. ``positions="sincos"`` freezes MAE's
+        table (zero for prefix tokens). ``arguments`` are further keyword arguments of ``timm.create_model``.
+        Raises ConfigError for an unknown or unsupported name, a size that the patches do not divide, or an argument that
+        has a key of its own.
+        """
+        given = dict(arguments or {})
+        _refuse_own_keys(given)
+        own = {"patch_size": patch_size, "in_chans": channels, "reg_tokens": registers, "class_token": class_token}
+        given |= {"img_size": _pair(image_size)} | {key: value for key, value in own.items() if value is not None}
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        model = build(name, given, drop_path=drop_path)
+        patch = tuple(model.patch_embed.patch_size)
+        _check_size(_pair(image_size), patch, "encoder.image_size")
+        heads = next(module.num_heads for module in model.blocks[0].modules() if hasattr(module, "num_heads"))
+        spec = EncoderSpec(
+            dim=model.embed_dim,
+            depth=len(model.blocks),
+            heads=heads,
+            patch=patch,
+            grid=tuple(model.patch_embed.grid_size),
+            prefix=model.num_prefix_tokens,
+            channels=channels,
+            class_token=model.has_class_token,
+        )
+        pooling = "token" if model.has_class_token else "avg"
+        arguments = given | {"num_classes": 0, "global_pool": pooling, "fc_norm": False}
+        vit = TimmViT(model, pos_resample=pos_resample)
+        encoder = cls(vit, spec, architecture=name, arguments=arguments, positions=positions)
+        if weights_init == "mae":
+            init_as_mae(encoder)
+        if positions == "sincos":
+            encoder._fix_positions()
+        return encoder
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        last_blocks: int = 0,
+    ) -> Tokens:
+        """images [B, C, H, W], normalised -> :class:`Tokens`.
+
+        ``keep`` [B, K] int64: only these patches go through the blocks, in this order, each with its own position; prefix
+        tokens always stay. ``mask`` [B, N] bool: where True the patch embedding is replaced by ``mask_token`` [D] before
+        positions are added. ``last_blocks``: how many block outputs to return as well. Any image size that the patches
+        divide is served, by resampled positions. Raises ValueError for a mixture of the two doors, ConfigError for a size.
+        """
+        if keep is not None and mask is not None:
+            raise ValueError("keep drops patches and mask replaces them: give one of the two")
+        if (mask is None) != (mask_token is None):
+            raise ValueError("mask and mask_token belong together: give both or neither")
+        if not 0 <= last_blocks <= self.spec.depth:
+            raise ValueError(f"last_blocks={last_blocks}, but the encoder has {self.spec.depth} blocks")
+        size = _check_size(tuple(images.shape[-2:]), self.spec.patch, "an image's size")
+        num_patches = size[0] * size[1]
+        if keep is not None and (keep.ndim != 2 or len(keep) != len(images)):
+            raise ValueError(f"keep must be [{len(images)}, K], not {list(keep.shape)}")
+        if mask is not None and tuple(mask.shape) != (len(images), num_patches):
+            raise ValueError(f"mask must be [{len(images)}, {num_patches}], not {list(mask.shape)}")
+        doors = {"keep": keep, "mask": mask, "mask_token": mask_token}
+        x, blocks = self.vit(images, **doors, last_blocks=last_blocks, checkpointing=self.checkpointing)
+        return replace(self._split(x), blocks=[self._split(block) for block in blocks])
+
+    def norm(self, tokens: TokensOrTensor) -> TokensOrTensor:
+        """The final norm, on a block's Tokens or on a tensor [..., D]."""
+        if isinstance(tokens, Tensor):
+            return self.vit.norm(tokens)
+        return replace(tokens, prefix=self.vit.norm(tokens.prefix), patches=self.vit.norm(tokens.patches))
+
+    def drop_norm(self) -> nn.Module:
+        """Replace the final norm by the identity, for a head that normalises after pooling; returns the norm removed."""
+        norm, self.vit.norm = self.vit.norm, nn.Identity()
+        self.arguments = self.arguments | {"final_norm": False}
+        return norm
+
+    @property
+    def pos_resample(self) -> ResampleRule:
+        """The rule that carries positions to other image sizes; it belongs in ``encoder.json``."""
+        return self.vit.pos_resample
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place; state names do not change."""
+        compile_in_place(self.vit.blocks)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights under timm's names, for ``timm.create_model(architecture, **arguments)``, strictly."""
+        return dict(self.vit.state_dict())
+
+    def load_state(self, state: Mapping[str, Tensor], *, resample: bool = False, grid: Grid | None = None) -> None:
+        """Take over weights under timm's names. Raises CheckpointError that names what is missing, left over or of other shape.
+
+        With ``resample`` positions of another grid are carried over by this encoder's rule; ``grid`` is the grid they
+        were made for (default: a square).
+        """
+        state = dict(state)
+        if resample and "pos_embed" in state and self.vit.pos_embed is not None:
+            state["pos_embed"] = self._fit_positions(state["pos_embed"], grid)
+        advice = "" if resample else "resample=True carries the positions over"
+        require_fit(state, self.state(), model=self.architecture, advice=advice)
+        self.vit.load_state_dict(state, strict=True)
+
+    def _split(self, x: Tensor) -> Tokens:
+        return Tokens(x[:, : self.spec.prefix], x[:, self.spec.prefix :], class_token=self.spec.class_token)
+
+    def _fix_positions(self) -> None:
+        if self.vit.pos_embed is None:
+            raise ConfigError(f"encoder.positions=sincos, but {self.architecture} has no absolute positions; use learned")
+        table = sincos_2d(self.spec.dim, self.spec.grid)
+        with torch.no_grad():
+            self.vit.pos_embed.zero_()
+            self.vit.pos_embed[0, self.vit.pos_prefix :].copy_(table)
+        self.vit.pos_embed.requires_grad_(False)
+
+    def _fit_positions(self, positions: Tensor, grid: Grid | None) -> Tensor:
+        num = positions.shape[1] - self.vit.pos_prefix
+        grid = grid or (round(max(num, 0) ** 0.5),) * 2
+        if num < 1 or grid[0] * grid[1] != num:
+            raise CheckpointError(
+                f"pos_embed {by(positions)} holds {num} positions beside {self.vit.pos_prefix} for prefix tokens, which is no "
+                f"{grid[0]}x{grid[1]} grid; say which grid the weights were made for"
+            )
+        return resample(positions, grid, self.spec.grid, self.pos_resample, prefix=self.vit.pos_prefix)
+
+
+def _refuse_own_keys(arguments: dict[str, Any]) -> None:
+    for key in arguments:
+        if key in OWN_KEYS:
+            own = OWN_KEYS[key]
+            advice = f"set encoder.{own}" if own else "the encoder decides it itself: leave it out"
+            raise ConfigError(f"encoder.arguments.{key}={arguments[key]!r} is not a further argument of timm; {advice}")
+
+
+def _check_size(size: Grid, patch: Grid, what: str) -> Grid:
+    """The grid of patches of a size in pixels. Raises ConfigError where there is none."""
+    if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
+        fits = [max(1, round(pixels / side)) * side for pixels, side in zip(size, patch)]
+        raise ConfigError(
+            f"{what} {size[0]}x{size[1]} is not divisible by patches of {patch[0]}x{patch[1]}; nearest: {fits[0]}x{fits[1]}"
+        )
+    return size[0] // patch[0], size[1] // patch[1]
+
+
+def _pair(size: int | Grid) -> Grid:
+    return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,0 +1,48 @@
+"""Methods by name. A module is imported when its method is asked for, so nobody pays for the others."""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vitssl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vitssl.models.encoder import EncoderSpec
+    from vitssl.objectives.base import Objective
+
+TABLE = {
+    "mae": "vitssl.objectives.mae:MAE",
+}
+"""name -> module:class"""
+
+
+def names() -> list[str]:
+    """All methods, sorted."""
+    return sorted(TABLE)
+
+
+def find(name: str) -> "type[Objective]":
+    """The class of a method. Raises ConfigError with the nearest name for an unknown one."""
+    if name not in TABLE:
+        near = difflib.get_close_matches(name, TABLE, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names())}"
+        raise ConfigError(f"objectives.{name}: no such objective; {hint}")
+    module, _, attribute = TABLE[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def configure(name: str, settings: Mapping[str, Any]) -> Any:
+    """A method's validated ``Config`` from plain values. Raises ConfigError with the full key."""
+    from vitssl.config import build
+
+    kind = find(name)
+    try:
+        return build(kind.Config, settings, where=f"objectives.{name}")
+    except ConfigError as error:
+        raise ConfigError(f"objectives.{name}.{error}") from None
+
+
+def create(name: str, settings: Mapping[str, Any], spec: "EncoderSpec") -> "Objective":
+    """A new objective of the run over an encoder with ``spec``. Raises ConfigError."""
+    return find(name)(configure(name, settings), spec)

@@ -1,0 +1,153 @@
+"""Classification, the fine-tuning task: a head on the encoder."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitssl.data.augment import normalize
+from vitssl.dist import rank
+from vitssl.draws import fold
+from vitssl.errors import DataError
+from vitssl.models.encoder import Encoder, Pooling
+from vitssl.models.heads import ClassificationHead
+from vitssl.plan import Stack
+from vitssl.schedule import Clock
+from vitssl.task import Batch, Rule, Task, decay_rules
+
+Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Classify(Task):
+    """Cross entropy on labels, or on the soft targets of a mixer.
+
+    ``mixup``: images [B, C, H, W], labels [B] -> mixed images, targets [B, classes] (``timm.data.Mixup`` with
+    ``label_smoothing=0``: ``smoothing`` is applied here, to whatever the targets are). ``erasing``: normalised images -> the
+    same. Both may draw from the global generators of Python, numpy and torch: they are seeded by (seed, step, process) around
+    them and put back. ``mode="linear"`` freezes the encoder and keeps it in evaluation mode.
+    ``layer_decay``: see :func:`layer_decay_rules`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: ClassificationHead,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        smoothing: float = 0.0,
+        mixup: Mixer | None = None,
+        erasing: Callable[[Tensor], Tensor] | None = None,
+        mode: Literal["full", "linear"] = "full",
+        layer_decay: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.smoothing, self.mixup, self.erasing, self.mode, self.layer_decay = smoothing, mixup, erasing, mode, layer_decay
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self._part = (-1, 0)  # (step, how many forwards it has had): micro-batches of a step mix differently
+        if mode == "linear":
+            self.encoder.requires_grad_(False)
+            self.encoder.eval()
+
+    def train(self, mode: bool = True) -> "Classify":
+        super().train(mode)
+        if self.mode == "linear":
+            self.encoder.eval()
+        return self
+
+    def forward(self, batch: Batch, clock: Clock, *, features: Pooling | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(mean loss, {"top1"} where labels are hard); in evaluation no augmentation, and {"top1", "top5"}.
+
+        The batch has one view. Raises DataError without labels.
+        """
+        if features:
+            (images,) = batch.views.values()
+            return self.encoder(normalize(images, self.mean, self.std)).pool(features), {}
+        if batch.labels is None:
+            raise DataError("these samples have no labels; classification needs them: .cls members of shards, or class folders")
+        (images,) = batch.views.values()
+        images = normalize(images, self.mean, self.std)
+        if not self.training:
+            return self._evaluate(images, batch.labels)
+        images, targets = self._augment(images, batch.labels, clock)
+        logits = self._logits(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        hard = {"top1": _hits(logits, batch.labels, 1).mean()} if targets.ndim == 1 else {}
+        return loss, hard
+
+    def stacks(self) -> list[Stack]:
+        spec = self.encoder.spec
+        return [Stack(spec.prefix + spec.num_patches, spec.dim, spec.depth)]
+
+    def param_rules(self) -> list[Rule]:
+        return layer_decay_rules(self.encoder.spec.depth, self.layer_decay)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode == "full"):
+            tokens = self.encoder(images)
+        return self.head(tokens)
+
+    def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self._logits(images).float()
+        return F.cross_entropy(logits, labels), {f"top{k}": _hits(logits, labels, k).mean() for k in (1, 5)}
+
+    def _augment(self, images: Tensor, labels: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+        step, part = self._part
+        self._part = (clock.step, part + 1 if step == clock.step else 0)
+        if self.mixup is None and self.erasing is None:
+            return images, labels
+        if self.mixup is not None and len(images) % 2:
+            raise DataError(f"mixup pairs the samples of a forward, and this one has {len(images)}; make micro_batch even")
+        with seeded(fold(clock.seed, clock.step, rank(), self._part[1]), images.device):
+            images = images if self.erasing is None else self.erasing(images)
+            return (images, labels) if self.mixup is None else self.mixup(images, labels)
+
+
+def layer_decay_rules(
+    depth: int,
+    decay: float,
+    *,
+    exempt: Sequence[str] = ("pos_embed", "cls_token", "reg_token"),
+    prefix: str = "encoder.vit.",
+) -> list[Rule]:
+    """Learning rates that shrink by ``decay`` per layer below the head: embeddings decay^(depth+1), block i decay^(depth-i).
+
+    Bao et al. 2022, as in MAE's ``util/lr_decay.py``: vectors and ``exempt`` tokens have no weight decay. ``prefix`` is what
+    stands before timm's names in the task's parameter names.
+    """
+    own, embed = prefix.replace(".", r"\."), decay ** (depth + 1)
+    tokens, stem = ("pos_embed", "cls_token", "reg_token"), r"(?:patch_embed|norm_pre)\..*"
+    rules = [Rule(token, own + token, embed, 0.0 if token in exempt else 1.0) for token in tokens]
+    rules += decay_rules(own + stem, prefix="stem.", lr_scale=embed)
+    for i in range(depth):
+        rules += decay_rules(rf"{own}blocks\.{i}\..*", prefix=f"block{i}.", lr_scale=decay ** (depth - i))
+    return rules + decay_rules(rf"(?!{own}(?:{'|'.join(tokens)}|{stem}|blocks\..*)$).*", prefix="rest.")
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators of Python, numpy and torch (CPU and ``device``) inside, and put them back after."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+def _hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """[B] 1 where the label is among the k largest logits (all of them where there are fewer), without gradient."""
+    best = logits.detach().topk(min(k, logits.shape[-1]), dim=-1).indices
+    return (best == labels[:, None]).any(dim=-1).to(logits.dtype)

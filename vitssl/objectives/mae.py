@@ -1,0 +1,110 @@
+"""Masked autoencoding: drop most patches, encode the rest, and paint the dropped ones (He et al. 2022).
+
+The surprising decision: the encoder never sees a mask token, only the kept quarter of the patches, in the order of their noise.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vitssl.config import Count, Section
+from vitssl.errors import ConfigError
+from vitssl.losses import masked_mse, normalize_patches, patchify, unpatchify
+from vitssl.masks import random_keep
+from vitssl.models.encoder import EncoderSpec
+from vitssl.models.predictor import Decoder
+from vitssl.objectives.base import Nets, Objective
+from vitssl.plan import Stack
+from vitssl.schedule import Clock
+from vitssl.sections import Fraction
+from vitssl.task import Draw
+from vitssl.views import View
+
+
+class DecoderConfig(Section):
+    """He et al. 2022, table 1 (a, b)."""
+
+    dim: Count = Field(512, description="width")
+    depth: Count = Field(8, description="blocks")
+    heads: Count = Field(16, description="attention heads")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs over the width")
+
+
+class ViewConfig(Section):
+    """A random resized crop at the encoder's image size; the defaults are those of He et al. 2022, appendix A.1."""
+
+    scale: tuple[Fraction, Fraction] = Field((0.2, 1.0), description="area of the crop, as a fraction of the image")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the resize")
+
+
+class Reconstruction(NamedTuple):
+    """Pictures [B, C, H, W] in the units of the images given."""
+
+    original: Tensor
+    masked: Tensor  # removed patches at 0, the mean colour
+    prediction: Tensor  # every patch as predicted; with norm_pix painted with the target's own mean and deviation
+    pasted: Tensor  # the prediction where patches were removed, the original elsewhere
+
+
+class MAE(Objective):
+    """Mean squared error on the removed patches, per patch normalised unless ``norm_pix`` is off."""
+
+    class Config(Objective.Config):
+        mask_ratio: float = Field(0.75, gt=0, lt=1, description="fraction of patches removed; int(N * (1 - ratio)) are kept")
+        norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and deviation")
+        decoder: DecoderConfig = DecoderConfig()
+        view: ViewConfig = ViewConfig()
+
+    def __init__(self, config: Config, spec: EncoderSpec) -> None:
+        super().__init__(config, spec)
+        self.num_keep = int(spec.num_patches * (1 - config.mask_ratio))
+        if self.num_keep < 1:
+            raise ConfigError(
+                f"objectives.mae.mask_ratio={config.mask_ratio} keeps none of {spec.num_patches} patches; "
+                f"keep one with at most {1 - 1 / spec.num_patches:.4g}"
+            )
+        out = spec.patch[0] * spec.patch[1] * spec.channels
+        self.decoder = Decoder(spec, **config.decoder.model_dump(), out=out)
+
+    def views(self) -> dict[str, View]:
+        return {"image": View(size=self.spec.image_size, **self.config.view.model_dump())}
+
+    def forward(self, nets: Nets, views: dict[str, Tensor], clock: Clock, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """views["image"] [B, C, H, W] -> the loss, and itself as the only metric ``loss``."""
+        pred, mask = self._predict(nets, views["image"], draw)
+        target, _, _ = self._target(views["image"])
+        loss = masked_mse(pred, target, mask)
+        return loss, {"loss": loss.detach()}
+
+    def stacks(self) -> list[Stack]:
+        decoder, spec = self.config.decoder, self.spec
+        return [
+            Stack(spec.prefix + self.num_keep, spec.dim, spec.depth),
+            Stack(spec.prefix + spec.num_patches, decoder.dim, decoder.depth, decoder.mlp_ratio),
+        ]
+
+    @torch.no_grad()
+    def reconstruct(self, nets: Nets, images: Tensor, draw: Draw) -> Reconstruction:
+        """images [B, C, H, W] as the encoder takes them -> pictures of what it sees and what the decoder makes of it."""
+        pred, mask = self._predict(nets, images, draw)
+        _, mean, std = self._target(images)
+        pixels = patchify(images, self.spec.patch)  # [B, N, P]
+        pred = pred.to(pixels.dtype) * std + mean
+        removed = mask[..., None]
+        patches = (pixels, pixels.masked_fill(removed, 0.0), pred, torch.where(removed, pred, pixels))
+        return Reconstruction(*(unpatchify(p, self.spec.patch, self.spec.grid) for p in patches))
+
+    def _predict(self, nets: Nets, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """(prediction [B, N, P], mask [B, N] bool: True where removed)."""
+        keep, mask = random_keep(draw("mask", self.spec.num_patches), self.num_keep)
+        return self.decoder(nets.student(images, keep=keep), keep), mask
+
+    def _target(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(target [B, N, P], and the mean and deviation that make pixels of it)."""
+        pixels = patchify(images, self.spec.patch)
+        if self.config.norm_pix:
+            return normalize_patches(pixels)
+        return pixels, torch.zeros_like(pixels[..., :1]), torch.ones_like(pixels[..., :1])

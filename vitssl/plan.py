@@ -1,0 +1,146 @@
+"""The plan: every number that follows from the config, the data and the processes. Arithmetic over numbers handed in."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vitssl.errors import ConfigError
+from vitssl.schedule import Duration, Schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Derived before step 1, printed, and saved as ``plan.json``."""
+
+    steps: int
+    epochs: float
+    samples: int
+    batch_size: int
+    processes: int
+    micro_batch: int
+    accumulation: int
+    loss_batch: int  # samples that really meet in one loss
+    lr: float
+    lr_rule: str
+    warmup_steps: int
+    engine: str
+    precision: str
+    device: str
+    workers: int
+    lanes: int
+    parameters: dict[str, int] = field(default_factory=dict)  # per rule, counted once each
+    memory: dict[str, int] = field(default_factory=dict)  # bytes per process
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.samples / self.batch_size
+
+    def lr_schedule(self, *, final: float) -> Schedule:
+        """Warm-up from zero and half cosine, per iteration."""
+        return Schedule(peak=self.lr, final=final, warmup=self.warmup_steps, total=self.steps)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(what, value) for people."""
+        factors = f"{self.processes} x {self.micro_batch} x {self.accumulation}"
+        batch = f"{self.batch_size} = {factors} (processes x micro-batch x accumulation), {self.loss_batch} meet in one loss"
+        return [
+            ("data", f"{self.samples:,} images, {self.lanes} lanes, {self.workers} loader processes each"),
+            ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),
+            ("batch", batch),
+            ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, then half cosine"),
+            ("engine", f"{self.engine}, {self.precision}, {self.device}"),
+            *((f"rule {rule}", f"{count:,} parameters") for rule, count in self.parameters.items()),
+            ("memory", ", ".join(f"{part} {_bytes(size)}" for part, size in self.memory.items()) + " per process"),
+        ]
+
+
+def scaled_lr(base_lr: float, rule: str, batch_size: int) -> tuple[float, str]:
+    """The absolute learning rate under a named rule, and the arithmetic in words."""
+    if rule == "none":
+        return base_lr, f"{base_lr:g}, not scaled"
+    kind, reference = rule.split("/")
+    share = batch_size / int(reference)
+    lr = base_lr * (share if kind == "linear" else math.sqrt(share))
+    arithmetic = f"{batch_size} / {reference}" if kind == "linear" else f"sqrt({batch_size} / {reference})"
+    return lr, f"{base_lr:g} x {arithmetic}"
+
+
+def split_batch(batch_size: int, processes: int, micro_batch: int | None, *, fits: int | None = None) -> tuple[int, int]:
+    """(micro-batch, accumulation) with batch_size = processes x micro_batch x accumulation.
+
+    Without a ``micro_batch`` the largest divisor that ``fits`` is taken. Raises ConfigError with the arithmetic.
+    """
+    if batch_size % processes:
+        raise ConfigError(
+            f"batch_size={batch_size} does not divide over {processes} processes ({batch_size} / {processes} ="
+            f" {batch_size / processes:.2f}); take {_nearest_multiple(batch_size, processes)}"
+        )
+    share = batch_size // processes
+    if micro_batch is None:
+        limit = max(1, min(share, fits if fits is not None else share))
+        micro_batch = max(size for size in range(1, limit + 1) if share % size == 0)
+    if share % micro_batch:
+        raise ConfigError(
+            f"micro_batch={micro_batch} does not divide a process's share: batch_size {batch_size} / {processes} processes ="
+            f" {share}, {share} / {micro_batch} = {share / micro_batch:.2f}; take {_nearest_divisor(share, micro_batch)}"
+        )
+    return micro_batch, share // micro_batch
+
+
+def run_length(length: Duration, *, samples: int, batch_size: int) -> int:
+    """Optimiser steps of the run. Raises ConfigError where that is none."""
+    steps = length.steps(per_epoch=samples / batch_size)
+    if steps < 1:
+        raise ConfigError(f"length={length} is {steps} steps of {batch_size} over {samples} images; nothing would be trained")
+    return steps
+
+
+def training_memory(*, trainable: int, frozen: int, engine: str, processes: int) -> dict[str, int]:
+    """Bytes per process of fp32 parameters, gradients and AdamW's two moments under an engine (exact, without buffers)."""
+    shard = processes if engine in ("zero1", "zero2") else 1
+    gradient_shard = processes if engine == "zero2" else 1
+    return {
+        "parameters": 4 * (trainable + frozen) + (4 * trainable // shard if engine != "ddp" else 0),
+        "gradients": 4 * trainable // gradient_shard,
+        "optimiser": 8 * trainable // shard,
+    }
+
+
+@dataclass(frozen=True)
+class Stack:
+    """``depth`` transformer blocks of width ``dim`` that ``tokens`` tokens of one sample pass through."""
+
+    tokens: int
+    dim: int
+    depth: int
+    mlp_ratio: float = 4.0
+
+    def activations(self, *, width: int, checkpointing: bool) -> int:
+        """Bytes kept for the backward pass of one sample, ``width`` per element of a matrix product's input.
+
+        Counted from what autograd saves of a pre-norm block: both residual inputs in fp32, both normalised inputs, q k v and
+        the attention's output (a fused attention keeps no N x N matrix), and the MLP's hidden tensor before and after GELU.
+        With checkpointing a block keeps its input, and one block is alive at a time.
+        """
+        block = self.tokens * self.dim * (2 * 4 + (6 + 2 * self.mlp_ratio) * width)
+        return round(self.depth * self.tokens * self.dim * 4 + block if checkpointing else self.depth * block)
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _nearest_multiple(value: int, factor: int) -> str:
+    below, above = value // factor * factor, -(-value // factor) * factor
+    return f"{below} or {above}" if below else str(above)
+
+
+def _nearest_divisor(value: int, wanted: int) -> str:
+    divisors = [number for number in range(1, value + 1) if value % number == 0]
+    near = sorted(divisors, key=lambda number: abs(number - wanted))[:2]
+    return " or ".join(str(number) for number in sorted(near))

@@ -1,0 +1,145 @@
+"""Everything a person reads: the console line, log.txt, metrics.jsonl, trackers, and errors as one line.
+
+The only module that prints. On a terminal one line at the bottom is redrawn; elsewhere each report is a plain line. torch is
+not imported here: tensors reach this file as numbers.
+"""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from vitssl.errors import UserError
+
+
+class Report:
+    """One per process; only the main process's is ``active``, the others swallow what they are given.
+
+    ``trackers`` are Accelerate's: anything with ``log(values, step=)`` and, where it can, ``log_images``.
+    """
+
+    def __init__(self, folder: Path | None = None, *, active: bool = True) -> None:
+        self.active, self.folder, self.trackers = active, folder, []
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not active)
+        self._bar: Progress | None = None
+        self._row = None
+
+    def say(self, text: str = "", *, style: str | None = None) -> None:
+        """A line for the person, kept in log.txt."""
+        if not self.active:
+            return
+        self.console.print(Text(text, style=style or ""))
+        self._append("log.txt", text)
+
+    def pairs(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """A two-column table under a title, kept in log.txt."""
+        if not self.active:
+            return
+        rows = list(rows)
+        width = max((len(name) for name, _ in rows), default=0)
+        self.console.print(Text(title, style="bold"))
+        for name, value in rows:
+            self.console.print(Text.assemble((f"  {name:<{width}}  ", "dim"), value))
+        self._append("log.txt", "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """The state of the work: one redrawn line with a bar on a terminal, a plain line elsewhere."""
+        if not self.active:
+            return
+        self._append("log.txt", text)
+        if not self.console.is_terminal:
+            self.console.print(Text(text))
+            return
+        if self._bar is None:
+            self._bar = Progress(BarColumn(bar_width=16), TextColumn("{task.description}"), console=self.console)
+            self._bar.start()
+            self._row = self._bar.add_task("", total=total)
+        self._bar.update(self._row, completed=done, total=total, description=text)
+
+    def waiting(self, what: str) -> Callable[[int, int], None]:
+        """A ``progress(done, total)`` callback for work before the run; on plain output one line each tenth."""
+        told = [-1]
+
+        def tell(done: int, total: int) -> None:
+            tenth = 10 * done // max(1, total)
+            if self.active and (self.console.is_terminal or tenth > told[0]):
+                told[0] = tenth
+                self.progress(done, total, f"{what} {done:,}/{total:,}")
+            if done >= total:
+                self.rest()
+
+        return tell
+
+    def rest(self) -> None:
+        """Leave the progress line as it stands and go on below it."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows to ``name`` (a .jsonl file of the run)."""
+        if self.active:
+            self._append(name, "\n".join(json.dumps(row) for row in rows))
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Numbers for the trackers."""
+        for tracker in self.trackers if self.active else ():
+            tracker.log(values, step=step)
+
+    def images(self, name: str, pictures: Any, step: int) -> None:
+        """[n, height, width, 3] uint8 pictures for every tracker that can show them."""
+        for tracker in self.trackers if self.active else ():
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: pictures}, step=step, **layout)
+
+    def _append(self, name: str, text: str) -> None:
+        if self.folder is not None and self.folder.exists():
+            with open(self.folder / name, "a") as file:
+                file.write(text + "\n")
+
+
+def program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Run a program: what a user can fix is one line on stderr and exit code 2; anything else is ours and shows its trace."""
+    # Waiting threads of a parallel region sleep instead of spinning: beside loader processes on few cores a spinning thread
+    # holds the core its own team waits for, and a step takes up to nine times as long. OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = error.filename or "the run's folder"
+            return _refuse(f"no space left on the device while writing {where}; free some and run the same command to go on")
+        raise
+
+
+def _refuse(message: str) -> int:
+    if int(os.environ.get("RANK", 0)) == 0 or os.environ.get("VITSSL_ALL_RANKS"):
+        Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    sys.stdout.flush()
+    return 2
+
+
+def show(text: str) -> None:
+    """Plain text for a person outside any run, such as ``--help``."""
+    Console(highlight=False, soft_wrap=True).print(Text(text))
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1m15s``; hours and days for longer ones."""
+    seconds = round(seconds)
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,110 @@
+"""The sections of a config that both programs share, with the defaults and the meaning of every key. No torch here."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeInt
+
+from vitssl.config import Count, Section, Time
+from vitssl.schedule import Duration
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Size = Count | tuple[Count, Count]
+
+
+def _lr_rule(value: str) -> str:
+    if value != "none" and not re.fullmatch(r"(linear|sqrt)/[1-9]\d*", value):
+        raise ValueError("is not a rule; write linear/256 (lr = base_lr x batch_size / 256), sqrt/1024 or none")
+    return value
+
+
+class RunConfig(Section):
+    name: str = Field("run", description="folder of the run, below run.dir", pattern=r"^[^/\\]+$")
+    dir: Path = Field(Path("runs"), description="where runs are kept")
+
+
+class EncoderConfig(Section):
+    name: str = Field("vit_base_patch16_224", description="any timm VisionTransformer")
+    image_size: Size = Field(224, description="pixels, one number or [height, width]")
+    patch_size: Size | None = Field(None, description="pixels; null: what the name says")
+    channels: Count = Field(3, description="input channels")
+    registers: NonNegativeInt = Field(0, description="register tokens after the class token")
+    class_token: bool = Field(True, description="whether there is a class token")
+    positions: Literal["learned", "sincos"] = Field("learned", description="learned, or fixed 2-D sin-cos (MAE's order)")
+    pos_resample: Literal["timm", "mae", "dino"] = Field("timm", description="whose interpolation serves other image sizes")
+    drop_path: Fraction = Field(0.0, description="stochastic depth of the last block; earlier ones linearly less")
+    weights_init: Literal["timm", "mae"] = Field("timm", description="whose initialisation")
+    arguments: dict[str, Any] = Field({}, description="further arguments of timm.create_model, such as depth or embed_dim")
+
+
+class SourceConfig(Section):
+    path: str | list[str] | None = Field(None, description="shards (pattern, glob, list, folder) or a folder of images")
+    kind: Literal["auto", "shards", "folder", "demo"] = Field("auto", description="what the path is")
+    split: str | None = Field(None, description="sub-folder, or prefix of the shards' names, such as train")
+
+
+class DataConfig(SourceConfig):
+    workers: NonNegativeInt | None = Field(None, description="loader processes per training process; null: by spare cores")
+    lanes: Count | None = Field(None, description="cuts through the epoch that a batch draws from; null: by size")
+    window: Count = Field(1024, description="samples of a lane that are shuffled together")
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, in units of [0, 1]")
+    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="per channel, in units of [0, 1]")
+
+
+class OptimConfig(Section):
+    base_lr: float = Field(1.5e-4, gt=0, description="learning rate before the rule")
+    lr_rule: Annotated[str, AfterValidator(_lr_rule)] = Field(
+        "linear/256", description="linear/256: lr = base_lr x batch_size / 256; sqrt/1024; none"
+    )
+    final_lr: float = Field(0.0, ge=0, description="absolute learning rate at the end of the half cosine")
+    warmup: Time = Field(Duration(5, "%"), description="linear warm-up from 0, as 40ep, 5% or steps")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled decay, constant")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    clip: float | None = Field(None, gt=0, description="largest global gradient norm; null: none")
+    layer_decay: float | None = Field(None, gt=0, le=1, description="learning rate x this per block below the head; null: off")
+
+
+class LaunchConfig(Section):
+    engine: Literal["ddp", "zero1", "zero2"] = Field("ddp", description="who holds gradients and optimiser state")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
+    compile: bool = Field(False, description="compile the encoder's blocks in place")
+    checkpointing: bool = Field(False, description="recompute blocks in the backward pass instead of keeping activations")
+
+
+class LogConfig(Section):
+    every: Count = Field(10, description="steps between two lines")
+    trackers: list[str] = Field(["tensorboard"], description="Accelerate's trackers by name; [] for none")
+
+
+class CheckpointConfig(Section):
+    every: Time | None = Field(Duration(5, "%"), description="steps, epochs or share of the run between two checkpoints")
+    minutes: float | None = Field(10.0, gt=0, description="minutes between two checkpoints")
+    keep_last: Count = Field(2, description="newest checkpoints kept")
+    keep_every: Time | None = Field(None, description="a checkpoint at each multiple of this is kept for good")
+
+
+class InitConfig(Section):
+    resume: Path | None = Field(None, description="another run's folder to continue from, if this one has no checkpoint")
+
+
+class ProgramConfig(Section):
+    """What pretrain and finetune have in common. Their own configs add their method and their evaluation."""
+
+    run: RunConfig = RunConfig()
+    seed: NonNegativeInt = Field(0, description="of order, crops, masks, initialisation and dropout")
+    data: DataConfig = Field(DataConfig(), description="what is trained on")
+    batch_size: Count = Field(256, description="GLOBAL batch: images per optimiser step over all processes")
+    micro_batch: Count | None = Field(None, description="images per process and forward; null: what fits")
+    length: Time = Field(Duration(100, "ep"), description="of the run: epochs (300ep) or steps (12_500)")
+    optim: OptimConfig = OptimConfig()
+    launch: LaunchConfig = LaunchConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    init: InitConfig = InitConfig()
+
+
+CHANGEABLE = ("length", "launch", "log", "checkpoint", "run", "micro_batch", "data.workers", "probe", "heldout", "init")
+"""Keys that may differ between a run and its continuation: they change no sample, no draw and no update rule."""

@@ -1,0 +1,90 @@
+"""What trains: the one contract between a method and the loop, and the batch that passes between them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vitssl.plan import Stack
+from vitssl.schedule import Clock
+from vitssl.views import View
+
+Draw = Callable[[str, int], Tensor]
+"""``draw(name, num) -> [B, num]`` uniform in [0, 1): the random numbers of this batch's samples, whoever holds them."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples as the data engine delivers them: uint8 views, global positions, labels where the source has them."""
+
+    views: dict[View, Tensor]  # each [B, C, height, width] uint8
+    positions: Tensor  # [B] int64, global positions of the run
+    labels: Tensor | None = None  # [B] int64
+    keys: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on ``device``; copies from pinned memory are asynchronous."""
+        return replace(
+            self,
+            views={view: images.to(device, non_blocking=True) for view, images in self.views.items()},
+            positions=self.positions.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """Called by torch's DataLoader."""
+        return replace(
+            self,
+            views={view: images.pin_memory() for view, images in self.views.items()},
+            positions=self.positions.pin_memory(),
+            labels=None if self.labels is None else self.labels.pin_memory(),
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How some parameters are optimised: by name, and by whether they are vectors (1-D, or a ``.bias``).
+
+    Every trainable parameter of a task is covered by exactly one rule; the machine refuses anything else.
+    """
+
+    name: str  # unique within the task, shown in the plan
+    pattern: str  # a regular expression for the whole parameter name
+    lr_scale: float = 1.0  # times the run's learning rate
+    weight_decay: float = 1.0  # times the run's weight decay
+    vectors: bool | None = None  # True: vectors only; False: all others only; None: both
+
+
+def decay_rules(pattern: str = ".*", *, prefix: str = "", lr_scale: float = 1.0) -> list[Rule]:
+    """The field's usual pair for the parameters of a pattern: matrices decay, vectors do not."""
+    return [
+        Rule(f"{prefix}decay", pattern, lr_scale=lr_scale, weight_decay=1.0, vectors=False),
+        Rule(f"{prefix}no_decay", pattern, lr_scale=lr_scale, weight_decay=0.0, vectors=True),
+    ]
+
+
+class Task(nn.Module):
+    """Everything that trains. The whole module is what the engine wraps; nothing is called past the wrapper."""
+
+    def forward(self, batch: Batch, clock: Clock, *, features: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(scalar loss, detached scalar metrics), each the mean over the batch's samples.
+
+        With ``features`` (a pooling): ([B, D] frozen features, {}) of the batch's only view, which is how probes look through
+        the wrapper.
+        """
+        raise NotImplementedError
+
+    def after_step(self, clock: Clock) -> None:
+        """Called once after every optimiser step, where a method moves its teacher or its centres."""
+
+    def stacks(self) -> list[Stack]:
+        """The transformer stacks one sample passes through, for the plan's estimate of memory."""
+        raise NotImplementedError
+
+    def param_rules(self) -> list[Rule]:
+        """Which rule optimises which parameter; by default all of them under the usual pair."""
+        return decay_rules()

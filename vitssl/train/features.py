@@ -1,0 +1,26 @@
+"""Frozen features: what every probe is given, extracted through the wrapper on any number of processes."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vitssl import dist
+from vitssl.schedule import Clock
+from vitssl.task import Batch
+from vitssl.train.launch import Engine
+
+
+def extract(engine: Engine, batches: Iterable[Batch], *, pooling: str) -> tuple[Tensor, Tensor]:
+    """(features [N, D] float32, labels [N] int64) on the device, in the order of the positions, on every process."""
+    engine.wrapped.eval()
+    features, labels, positions = [], [], []
+    with torch.no_grad():
+        for batch in batches:
+            rows, _ = engine.forward(batch, Clock(step=0, total=1, samples=0, seed=0), features=pooling)
+            features.append(rows.float())
+            labels.append(batch.labels.to(engine.device))
+            positions.append(batch.positions.to(engine.device))
+    rows, labels, positions = (dist.gather_rows(torch.cat(parts)) for parts in (features, labels, positions))
+    order = torch.argsort(positions)
+    return rows[order], labels[order]

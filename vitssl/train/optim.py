@@ -1,0 +1,70 @@
+"""Optimisation: parameter rules as data, each parameter covered by exactly one, and the optimiser built from them."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vitssl.errors import ConfigError
+from vitssl.sections import OptimConfig
+from vitssl.task import Rule, Task
+
+
+@dataclass(frozen=True)
+class Group:
+    """The parameters of one rule, by name."""
+
+    rule: Rule
+    names: tuple[str, ...]
+    size: int
+
+
+def group_parameters(task: Task) -> list[Group]:
+    """Sort every trainable parameter under the one rule that covers it, in the order of the rules.
+
+    Raises ConfigError naming a parameter that no rule or more than one rule covers, and the rules that do.
+    """
+    members: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    rules = {rule.name: rule for rule in task.param_rules()}
+    for name, parameter in task.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        covering = [rule.name for rule in rules.values() if covers(rule, name, parameter)]
+        if len(covering) != 1:
+            found = "no rule" if not covering else f"{len(covering)} rules ({', '.join(covering)})"
+            raise ConfigError(f"parameter {name} is covered by {found}; each needs exactly one: mend param_rules")
+        members.setdefault(covering[0], []).append(name)
+        sizes[covering[0]] = sizes.get(covering[0], 0) + parameter.numel()
+    return [Group(rule, tuple(members[name]), sizes[name]) for name, rule in rules.items() if name in members]
+
+
+def covers(rule: Rule, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a rule applies to a parameter: by its name and by whether it is a vector (1-D or a bias)."""
+    vector = parameter.ndim <= 1 or name.endswith(".bias")
+    return bool(re.fullmatch(rule.pattern, name)) and rule.vectors in (None, vector)
+
+
+def build_optimizer(task: Task, config: OptimConfig, *, lr: float, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over the task's rules, fused where the device has it.
+
+    Each group carries ``lr_scale`` and ``rule``; the loop sets ``lr = schedule x lr_scale``.
+    """
+    parameters = dict(task.named_parameters())
+    groups = [
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": config.weight_decay * group.rule.weight_decay,
+            "lr_scale": group.rule.lr_scale,
+            "rule": group.rule.name,
+        }
+        for group in group_parameters(task)
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=device.type in ("cuda", "cpu"))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the scheduled learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,88 @@
+"""From config, task and machine to the plan's numbers: what is counted, measured or asked before anything is trained."""
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vitssl import dist
+from vitssl.plan import Plan, Stack, run_length, scaled_lr, split_batch, training_memory
+from vitssl.sections import ProgramConfig
+from vitssl.task import Task
+from vitssl.train.launch import choose_device, choose_precision
+from vitssl.train.optim import group_parameters
+
+USABLE = 0.8  # of the device's memory: the rest is the allocator's, the libraries' and the estimate's
+
+
+def outline(build: Callable[[], Task]) -> Task:
+    """The task on the meta device: every shape and no memory, for counting."""
+    with torch.device("meta"):
+        return build()
+
+
+def activations(stacks: Sequence[Stack], config: ProgramConfig, precision: str) -> int:
+    """Estimated bytes that one sample's forward keeps for its backward."""
+    width = 4 if precision == "fp32" else 2
+    return sum(stack.activations(width=width, checkpointing=config.launch.checkpointing) for stack in stacks)
+
+
+def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:
+    """(micro-batch, accumulation) for this machine; ``task`` may be an outline. Raises ConfigError with the arithmetic."""
+    device = choose_device(config.launch)
+    each = activations(task.stacks(), config, choose_precision(config.launch, device))
+    free = USABLE * _device_memory(device) - sum(_state_memory(config, task).values())
+    fits = max(1, int(free // max(1, each)))
+    return split_batch(config.batch_size, dist.world(), config.micro_batch, fits=fits)
+
+
+def make_plan(
+    config: ProgramConfig, task: Task, *, samples: int, lanes: int, workers: int, couples_samples: bool = False
+) -> Plan:
+    """Every derived number of the run. Raises ConfigError where the config cannot be run."""
+    device = choose_device(config.launch)
+    precision = choose_precision(config.launch, device)
+    micro_batch, accumulation = batch_split(config, task)
+    steps = run_length(config.length, samples=samples, batch_size=config.batch_size)
+    lr, rule = scaled_lr(config.optim.base_lr, config.optim.lr_rule, config.batch_size)
+    groups = group_parameters(task)
+    each = activations(task.stacks(), config, precision)
+    frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
+    return Plan(
+        steps=steps,
+        epochs=steps * config.batch_size / samples,
+        samples=samples,
+        batch_size=config.batch_size,
+        processes=dist.world(),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        loss_batch=micro_batch * dist.world() if couples_samples else 1,
+        lr=lr,
+        lr_rule=rule,
+        warmup_steps=config.optim.warmup.steps(per_epoch=samples / config.batch_size, total=steps),
+        engine=config.launch.engine,
+        precision=precision,
+        device=device,
+        workers=workers,
+        lanes=lanes,
+        parameters={group.rule.name: group.size for group in groups} | ({"frozen": frozen} if frozen else {}),
+        memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
+    )
+
+
+def _state_memory(config: ProgramConfig, task: Task) -> dict[str, int]:
+    sizes = [(p.numel(), p.requires_grad) for p in task.parameters()]
+    return training_memory(
+        trainable=sum(size for size, trains in sizes if trains),
+        frozen=sum(size for size, trains in sizes if not trains),
+        engine=config.launch.engine,
+        processes=dist.world(),
+    )
+
+
+def _device_memory(device: str) -> float:
+    """Bytes this process may count on."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world()))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / max(1, local)

@@ -1,0 +1,160 @@
+"""A session: from a config to a prepared engine by the ladder of starting, then to the loop, with checkpoints on the way.
+
+Both programs hand it how to build their task and what to feed it; it knows neither.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitssl import dist
+from vitssl.config import dump
+from vitssl.data.feed import choose_lanes, choose_workers, training_samples
+from vitssl.data.loader import batches
+from vitssl.data.sources import Source
+from vitssl.data.transforms import Augment
+from vitssl.plan import Plan
+from vitssl.report import Report
+from vitssl.schedule import Duration
+from vitssl.sections import ProgramConfig
+from vitssl.task import Task
+from vitssl.train import checkpoint
+from vitssl.train.folder import begin, refuse_another_run, run_folder, starting_point
+from vitssl.train.launch import Engine, choose_device
+from vitssl.train.loop import Event, fit
+from vitssl.train.planning import batch_split, make_plan, outline
+from vitssl.train.state import gather, load_optimizer, load_task
+from vitssl.views import View
+
+Open = Callable[[Report], Source]
+
+
+@dataclass
+class Session:
+    """A run that is ready to train. ``start`` is the step it continues from, ``lanes`` those it was begun with."""
+
+    config: ProgramConfig
+    engine: Engine
+    plan: Plan
+    source: Source
+    report: Report
+    start: int
+    lanes: int
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.config)
+
+    def steps(self, length: Duration) -> int:
+        """A duration in optimiser steps of this run, at least 1."""
+        return max(1, length.steps(per_epoch=self.plan.steps_per_epoch, total=self.plan.steps))
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint and drop the ones the policy does not keep. Every process calls it."""
+        facts = {"samples": step * self.plan.batch_size, "lanes": self.lanes}
+        gathered = gather(self.engine, step=step, facts=facts)
+        if self.engine.main:
+            policy = self.config.checkpoint
+            root = self.folder / "checkpoints"
+            checkpoint.save(root, gathered)
+            every = self.steps(policy.keep_every) if policy.keep_every else None
+            checkpoint.prune(root, keep_last=policy.keep_last, keep_every=every)
+        dist.barrier()
+
+    def fit(
+        self,
+        views: Iterable[View],
+        *,
+        channels: int,
+        labels: bool = False,
+        augment: Augment | None = None,
+        events: Sequence[Event] = (),
+    ) -> int:
+        """Train to the end of the plan; returns the step reached."""
+        config, plan = self.config, self.plan
+        options = {"seed": config.seed, "lanes": self.lanes, "channels": channels, "labels": labels, "augment": augment}
+        feed = batches(
+            training_samples(self.source, config.data, views, **options),
+            start=self.start * plan.batch_size,
+            stop=plan.steps * plan.batch_size,
+            batch_size=plan.batch_size,
+            micro_batch=plan.micro_batch,
+            rank=dist.rank(),
+            world=dist.world(),
+            workers=plan.workers,
+        )
+        every = self.steps(config.checkpoint.every) if config.checkpoint.every else plan.steps
+        return fit(
+            self.engine,
+            batches=feed,
+            schedule=plan.lr_schedule(final=config.optim.final_lr),
+            start=self.start,
+            total=plan.steps,
+            batch_size=plan.batch_size,
+            seed=config.seed,
+            log_every=config.log.every,
+            report=self.report,
+            events=[*events, Event(every=every, act=self.save)],
+            save=self.save,
+            save_minutes=config.checkpoint.minutes,
+        )
+
+
+def show_plan(config: ProgramConfig, build: Callable[[], Task], open_data: Open, report: Report) -> None:
+    """``--plan``: everything derived, nothing trained, no GPU needed."""
+    report.pairs("plan", _plan(config, outline(build), open_data(report)).lines())
+
+
+def begin_session(config: ProgramConfig, build: Callable[[], Task], open_data: Open, report: Report) -> Session | None:
+    """Climb the ladder: this folder's checkpoint, else ``init.resume``'s, else a new task. None: the run is finished.
+
+    Raises ConfigError, DataError or CheckpointError before anything is written.
+    """
+    folder = run_folder(config)
+    refuse_another_run(folder, config)
+    shape = outline(build)
+    micro_batch, accumulation = batch_split(config, shape)
+    engine = Engine(
+        config.launch,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        clip=config.optim.clip,
+        trackers=config.log.trackers,
+        folder=folder,
+    )
+    with engine.accelerator.local_main_process_first():
+        source = open_data(report)
+    plan = _plan(config, shape, source)
+    saved, where = starting_point(folder, config.init.resume, report)
+    start = saved.step if saved else 0
+    if start >= plan.steps:
+        report.say(f"{folder} is finished: step {start:,} of {plan.steps:,}. A larger length goes on; run.name=... starts anew")
+        return None
+    if engine.main:
+        begin(folder, config, plan, step=start)
+    dist.barrier()
+    report.pairs(f"plan of {folder}", plan.lines())
+    torch.manual_seed(config.seed)
+    task = build()
+    if saved:
+        load_task(task, saved, where=where)
+        report.say(f"continuing {where} from step {start:,}")
+    engine.prepare(task, config.optim, lr=plan.lr)
+    if saved:
+        load_optimizer(engine, saved, where=where)
+    report.trackers = engine.trackers("tensorboard", _settings(config))
+    lanes = saved.facts["lanes"] if saved else plan.lanes
+    return Session(config, engine, plan, source, report, start=start, lanes=lanes)
+
+
+def _plan(config: ProgramConfig, shape: Task, source: Source) -> Plan:
+    workers = choose_workers(config.data, device=choose_device(config.launch))
+    return make_plan(config, shape, samples=source.num_samples, lanes=choose_lanes(source, config.data), workers=workers)
+
+
+def _settings(config: ProgramConfig) -> dict[str, Any]:
+    """The resolved config, a line a key, as trackers take it."""
+    return dict(line.split(": ", 1) if ": " in line else (line, "") for line in dump(config).splitlines())

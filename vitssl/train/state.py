@@ -1,0 +1,90 @@
+"""A task's and its optimiser's state as named fp32 tensors, gathered from and scattered to any engine.
+
+Names are the task's own, so a run saved under one engine continues under another. Under ZeRO-1 and ZeRO-2 parameters are
+replicated and AdamW's moments live in flat partitions; DeepSpeed's public per-parameter functions put them together.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitssl.errors import CheckpointError
+from vitssl.models.state import require_fit
+from vitssl.task import Task
+from vitssl.train.checkpoint import Saved
+from vitssl.train.launch import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
+    """Everything a continuation needs. Called by every process; the result is whole on each (and written by one)."""
+    moments: dict[str, Tensor] = {}
+    if not _torch_optimizer(engine).state:
+        _create_state(engine, 0)
+    if engine.kind == "deepspeed":
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in engine.named_parameters.items():
+            for moment in MOMENTS:
+                moments[f"{moment}/{name}"] = safe_get_full_optimizer_state(parameter, moment)
+    else:
+        for name, parameter in engine.named_parameters.items():
+            for moment in MOMENTS:
+                moments[f"{moment}/{name}"] = engine.optimizer.state[parameter][moment]
+    facts = {**facts, "updates": updates(engine)}
+    if engine.accelerator.scaler is not None:
+        facts["scaler"] = engine.accelerator.scaler.state_dict()
+    return Saved(step=step, state=engine.task.state_dict(), moments=moments, facts=facts)
+
+
+def load_task(task: Task, saved: Saved, *, where: str) -> None:
+    """Put a saved state into a task, strictly, before the engine wraps it. Raises CheckpointError with a table of keys."""
+    require_fit(saved.state, task.state_dict(), model=f"the configured network (checkpoint in {where})")
+    task.load_state_dict(saved.state, strict=True)
+
+
+def load_optimizer(engine: Engine, saved: Saved, *, where: str) -> None:
+    """Put saved moments and the update count into a prepared engine's optimiser."""
+    names = {f"{moment}/{name}" for name in engine.named_parameters for moment in MOMENTS}
+    if names != set(saved.moments):
+        odd = sorted(names ^ set(saved.moments))
+        raise CheckpointError(f"{where}: moments do not fit the trained parameters ({len(odd)} differ: {', '.join(odd[:3])})")
+    _create_state(engine, saved.facts["updates"])
+    if engine.kind == "deepspeed":
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in engine.named_parameters.items():
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, saved.moments[f"{moment}/{name}"].to(engine.device), moment)
+    else:
+        for name, parameter in engine.named_parameters.items():
+            for moment in MOMENTS:
+                engine.optimizer.state[parameter][moment].copy_(saved.moments[f"{moment}/{name}"])
+    if engine.accelerator.scaler is not None and "scaler" in saved.facts:
+        engine.accelerator.scaler.load_state_dict(saved.facts["scaler"])
+
+
+def updates(engine: Engine) -> int:
+    """How often AdamW has moved the parameters: its bias correction counts these, not the run's steps."""
+    state = _torch_optimizer(engine).state
+    return int(next(iter(state.values()))["step"]) if state else 0
+
+
+def _create_state(engine: Engine, count: int) -> None:
+    """AdamW's zero state with its update count, as its first step would have made it."""
+    optimizer = _torch_optimizer(engine)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(count), device=device),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
+    if engine.kind == "deepspeed":
+        engine.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
+    return engine.wrapped.optimizer.optimizer if engine.kind == "deepspeed" else engine.optimizer.optimizer
