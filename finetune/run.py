@@ -17,7 +17,7 @@ from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.report import Report
 from vitssl.train.evaluate import evaluate
-from vitssl.train.export import load_encoder, newest_export, write_export
+from vitssl.train.export import encoder_like, fill_encoder, newest_export, write_export
 from vitssl.train.folder import run_folder
 from vitssl.train.loop import Event
 from vitssl.train.session import Session, begin_session, show_plan
@@ -39,10 +39,14 @@ def run(config: FinetuneConfig, command: Command) -> int:
     def open_data(report: Report) -> Source:
         return source
 
+    def fill(task: Classify) -> None:
+        if config.weights == "pretrained":
+            fill_encoder(task.encoder, Path(config.encoder))
+
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
         return 0
-    session = begin_session(config, build, open_data, report)
+    session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
         return 0
     test = Evaluation(session, source, num_classes)
@@ -69,11 +73,11 @@ def open_training(config: FinetuneConfig, report: Report) -> Source:
 
 
 def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
-    """The exported encoder (or its like, from scratch) with a fresh head."""
+    """An encoder like the exported one, with a fresh head."""
     changes: dict[str, Any] = {"drop_path": config.drop_path}
     if config.image_size is not None:
         changes["image_size"] = config.image_size
-    encoder, facts = load_encoder(Path(config.encoder), fill=config.weights == "pretrained", **changes)
+    encoder, facts = encoder_like(Path(config.encoder), **changes)
     pooling = config.head.pooling or facts["pooling"]
     norm = encoder.drop_norm() if pooling == "mean" and config.mode == "full" else False
     head = ClassificationHead(

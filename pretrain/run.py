@@ -15,7 +15,7 @@ from vitssl.models.plain import PlainMAE
 from vitssl.objectives.mixture import Mixture
 from vitssl.report import Report
 from vitssl.train.bench import bench_step
-from vitssl.train.export import encoder_facts, read_export, write_export
+from vitssl.train.export import encoder_facts, fill_encoder, write_export
 from vitssl.train.folder import run_folder
 from vitssl.train.session import Session, begin_session, show_plan
 
@@ -30,11 +30,15 @@ def run(config: PretrainConfig, command: Command) -> int:
     def open_data(report: Report) -> Source:
         return open_configured(config.data, key="data", progress=report.waiting("preparing data"))
 
+    def fill(task: Mixture) -> None:
+        if config.weights:
+            fill_encoder(task.encoder, config.weights)
+
     if "--bench" in command.flags:
         bench_step(config, build_task, plain_mae, report)
     elif "--plan" in command.flags:
         show_plan(config, build, open_data, report)
-    elif session := begin_session(config, build, open_data, report):
+    elif session := begin_session(config, build, open_data, report, fill=fill):
         reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=watch(session))
         if reached < session.plan.steps:
             report.rest()
@@ -46,13 +50,9 @@ def run(config: PretrainConfig, command: Command) -> int:
 
 
 def build_task(config: PretrainConfig) -> Mixture:
-    """Encoder and objectives, freshly initialised, or the encoder from ``init.weights``."""
+    """Encoder and objectives, freshly initialised."""
     encoder = Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"}))
     parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}
-    if config.weights:
-        state, facts = read_export(config.weights)
-        rows, columns = (side // patch for side, patch in zip(facts["image_size"], encoder.spec.patch))
-        encoder.load_state(state, resample=True, grid=(rows, columns))
     return Mixture(encoder, parts, mean=config.data.mean, std=config.data.std)
 
 

@@ -171,13 +171,11 @@ def _scene(outline: list[Loop], rng: Generator, size: int) -> tuple[np.ndarray, 
     """Place, colour, light and disturb one outline. Everything is drawn from ``rng``, which knows nothing of the class."""
     back, front = _colours(rng)
     image, background = _surface(rng, back, size)
-    num_under, num_over = int(rng.integers(1, 4)), int(rng.integers(0, 2))
-    palette = (back, front)
+    num_under, num_over = int(rng.integers(0, 4)), int(rng.random() < 0.3)
     for _ in range(num_under):
-        _blend(image, _fragment(rng, size), _accent(rng, palette))
+        _blend(image, _fragment(rng, size), _ink(rng))
     pose = _pose(rng)
-    style = "filled" if rng.random() < 0.75 else "line"
-    mask = _mask(_placed(outline, pose, size), size, width=None if style == "filled" else rng.uniform(0.05, 0.075) * size)
+    mask = _mask(_placed(outline, pose, size), size, width=None)
     shadow = float(rng.uniform(0.0, 0.5)) if rng.random() < 0.5 else 0.0
     if shadow:
         shift = tuple(round(v) for v in rng.uniform(-0.07, 0.07, 2) * size)
@@ -185,34 +183,39 @@ def _scene(outline: list[Loop], rng: Generator, size: int) -> tuple[np.ndarray, 
     surface, texture = _surface(rng, front, size)
     _blend(image, mask, surface)
     for _ in range(num_over):
-        _blend(image, _stroke(rng, size), _accent(rng, palette))
-    light = rng.uniform(-0.35, 0.35, 2)
+        _blend(image, _stroke(rng, size), _ink(rng))
+    light = rng.uniform(-0.2, 0.2, 2)
     image *= (1.0 + light[0] * _axis(size)[:, None] + light[1] * _axis(size)[None, :])[..., None]
-    noise = float(rng.uniform(0.0, 0.012))
+    noise = float(rng.uniform(0.0, 0.008))
     image += noise * rng.standard_normal(image.shape)
     factors = {
-        **pose, "back": back.tolist(), "front": front.tolist(), "background": background, "texture": texture, "style": style,
+        **pose, "back": back.tolist(), "front": front.tolist(), "background": background, "texture": texture,
         "under": num_under, "over": num_over, "shadow": shadow, "light": light.tolist(), "noise": noise,
     }  # fmt: skip
     return np.rint(image.clip(0.0, 1.0) * 255.0).astype(np.uint8), factors
 
 
 def _pose(rng: Generator) -> dict:
-    """Radius and centre in image sides, angle in radians, squeeze and shear as factors."""
-    radius = float(rng.uniform(0.27, 0.42))
-    x, y = (0.5 + rng.uniform(-1.0, 1.0, 2) * (0.52 - radius)).tolist()
+    """Side (the square root of the area) and centre in image sides, angle in radians, squeeze and shear as factors."""
+    x, y = rng.uniform(0.32, 0.68, 2).tolist()
     return {
-        "radius": radius, "x": x, "y": y, "angle": float(rng.uniform(0.0, math.tau)),
+        "side": float(rng.uniform(0.34, 0.46)), "x": x, "y": y, "angle": float(rng.uniform(0.0, math.tau)),
         "squeeze": float(rng.uniform(0.8, 1.0)), "shear": float(rng.uniform(-0.2, 0.2)),
     }  # fmt: skip
 
 
 def _placed(outline: list[Loop], pose: dict, size: int) -> list[Loop]:
-    """The outline's loops in pixels."""
+    """The outline's loops in pixels. All classes get the same area: how much of each colour there is must not tell them."""
+    area = _area(outline[0]) - sum(_area(hole) for hole in outline[1:])
     cos, sin = math.cos(pose["angle"]), math.sin(pose["angle"])
     warp = np.array([[1.0, pose["shear"]], [0.0, pose["squeeze"]]])
-    matrix = pose["radius"] * size * np.array([[cos, -sin], [sin, cos]]) @ warp
+    matrix = pose["side"] * size / math.sqrt(area * pose["squeeze"]) * np.array([[cos, -sin], [sin, cos]]) @ warp
     return [loop @ matrix.T + np.array([pose["x"], pose["y"]]) * size for loop in outline]
+
+
+def _area(loop: Loop) -> float:
+    x, y = loop.T
+    return 0.5 * abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1)))
 
 
 def _mask(loops: list[Loop], size: int, *, width: float | None) -> np.ndarray:
@@ -248,16 +251,14 @@ def _stroke(rng: Generator, size: int) -> np.ndarray:
 def _colours(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two RGB colours that can be told apart; which of them is the brighter is chance."""
     while True:
-        back, front = rng.uniform(0.05, 0.95, (2, 3))
-        if abs((back - front) @ _LUMA) > 0.22:
+        back, front = _ink(rng), _ink(rng)
+        if abs((back - front) @ _LUMA) > 0.2:
             return back, front
 
 
-def _accent(rng: Generator, palette: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Clutter's colour: half the time near one of the scene's own, so that colour does not say what the object is."""
-    if rng.random() < 0.5:
-        return (palette[int(rng.integers(2))] + rng.uniform(-0.12, 0.12, 3)).clip(0.0, 1.0)
-    return rng.uniform(0.0, 1.0, 3)
+def _ink(rng: Generator) -> np.ndarray:
+    """One RGB colour near one of the palette: clutter takes from the same pots as object and background."""
+    return _PALETTE[int(rng.integers(len(_PALETTE)))] + rng.uniform(-0.05, 0.05, 3)
 
 
 def _surface(rng: Generator, colour: np.ndarray, size: int) -> tuple[np.ndarray, str]:
@@ -265,19 +266,17 @@ def _surface(rng: Generator, colour: np.ndarray, size: int) -> tuple[np.ndarray,
     name = _TEXTURES[int(rng.integers(len(_TEXTURES)))]
     x, y = np.meshgrid(_axis(size), _axis(size))
     angle, phase = rng.uniform(0.0, math.tau, 2)
-    along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    waves = rng.uniform(3.0, 7.0) * math.pi
+    along = x * math.cos(angle) + y * math.sin(angle)
+    waves = rng.uniform(2.0, 5.0) * math.pi
     if name == "gradient":
         field = along
     elif name == "stripes":
         field = np.tanh(3.0 * np.sin(waves * along + phase))
-    elif name == "checks":
-        field = np.tanh(4.0 * np.sin(waves * along + phase) * np.sin(waves * across))
     else:
-        cells = int(rng.integers(3, 9))
+        cells = int(rng.integers(2, 6))
         coarse = Image.fromarray(rng.uniform(-1.0, 1.0, (cells, cells)).astype(np.float32))
         field = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
-    return colour + 0.5 * field[..., None] * rng.uniform(-0.2, 0.2, 3), name
+    return colour + 0.5 * field[..., None] * rng.uniform(-0.1, 0.1, 3), name
 
 
 def _blend(image: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> None:
@@ -309,8 +308,9 @@ def _arrow(rng: Generator) -> list[Loop]:
 
 
 def _bolt(rng: Generator) -> list[Loop]:
-    a, b = rng.uniform(0.3, 0.45), rng.uniform(0.08, 0.2)
-    return [np.array([(a, -1.0), (-0.6, b), (-0.05, b), (-a, 1.0), (0.6, -b), (0.05, -b)])]
+    tip, bar = rng.uniform(0.25, 0.45), rng.uniform(0.12, 0.24)
+    half = [(tip, -0.95), (-0.72, bar), (-0.12, bar)]
+    return [np.array(half + [(-x, -y) for x, y in half])]
 
 
 def _crescent(rng: Generator) -> list[Loop]:
@@ -354,11 +354,11 @@ def _hourglass(rng: Generator) -> list[Loop]:
 
 
 def _key(rng: Generator) -> list[Loop]:
-    bow, shaft, tooth = rng.uniform(0.4, 0.48), rng.uniform(0.11, 0.15), rng.uniform(0.38, 0.5)
+    bow, shaft, tooth = rng.uniform(0.42, 0.5), rng.uniform(0.14, 0.18), rng.uniform(0.42, 0.52)
     joint = math.asin(shaft / bow)
     bits = [(1.0, -shaft), (1.0, tooth), (0.78, tooth), (0.78, shaft), (0.6, shaft), (0.6, tooth), (0.38, tooth), (0.38, shaft)]
     head = _polar(np.linspace(joint, math.tau - joint, 30), bow) - np.array([0.55, 0.0])
-    return [np.concatenate([head, np.array(bits)]), _polar(_turn(20), 0.45 * bow) - np.array([0.55, 0.0])]
+    return [np.concatenate([head, np.array(bits)]), _polar(_turn(20), 0.42 * bow) - np.array([0.55, 0.0])]
 
 
 def _ring(rng: Generator) -> list[Loop]:
@@ -380,5 +380,9 @@ _OUTLINES: dict[str, Callable[[Generator], list[Loop]]] = {
     "arrow": _arrow, "bolt": _bolt, "crescent": _crescent, "cross": _cross, "flower": _flower, "gear": _gear, "heart": _heart,
     "hourglass": _hourglass, "key": _key, "ring": _ring, "spiral": _spiral, "star": _star,
 }  # fmt: skip
-_TEXTURES = ("gradient", "stripes", "checks", "clouds")
+_TEXTURES = ("gradient", "stripes", "clouds")
+_PALETTE = np.array([
+    (0.96, 0.93, 0.85), (0.13, 0.14, 0.20), (0.85, 0.27, 0.22), (0.95, 0.73, 0.25),
+    (0.20, 0.55, 0.50), (0.22, 0.35, 0.65), (0.60, 0.80, 0.90), (0.50, 0.28, 0.50),
+])  # fmt: skip
 _LUMA = np.array([0.299, 0.587, 0.114])

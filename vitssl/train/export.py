@@ -48,21 +48,32 @@ def encoder_facts(encoder: Encoder, config: EncoderConfig, **facts: Any) -> dict
 
 def read_export(path: Path, name: str = "encoder") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, facts) of an export: its folder, a run's folder, or the .safetensors file. Raises CheckpointError."""
-    path = Path(path)
-    folder = path.parent if path.suffix == ".safetensors" else path / "export" if (path / "export").is_dir() else path
-    weights, words = folder / f"{name}.safetensors", folder / f"{name}.json"
-    for file in (weights, words):
-        if not file.is_file():
-            raise CheckpointError(f"{file} does not exist; give a run's folder, its export folder or its {name}.safetensors")
+    facts, weights = read_facts(path, name), _folder(path, name) / f"{name}.safetensors"
+    try:
+        return load_file(weights), facts
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{weights} is damaged: {str(error).splitlines()[0]}; export it again") from None
+
+
+def read_facts(path: Path, name: str = "encoder") -> dict[str, Any]:
+    """The JSON of an export. Raises CheckpointError where a file is missing, damaged or incomplete."""
+    words = _folder(path, name) / f"{name}.json"
     try:
         facts = json.loads(words.read_text())
-        missing = [key for key in NEEDED if key not in facts]
-        state = load_file(weights)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise CheckpointError(f"the export in {folder} is damaged: {str(error).splitlines()[0]}; export it again") from None
-    if missing:
+    except ValueError as error:
+        raise CheckpointError(f"{words} is damaged: {error}; export it again") from None
+    if missing := [key for key in NEEDED if key not in facts]:
         raise CheckpointError(f"{words} lacks {', '.join(missing)}; export it again")
-    return state, facts
+    return facts
+
+
+def _folder(path: Path, name: str) -> Path:
+    path = Path(path)
+    folder = path.parent if path.suffix == ".safetensors" else path / "export" if (path / "export").is_dir() else path
+    for file in (folder / f"{name}.safetensors", folder / f"{name}.json"):
+        if not file.is_file():
+            raise CheckpointError(f"{file} does not exist; give a run's folder, its export folder or its {name}.safetensors")
+    return folder
 
 
 def newest_export(runs: Path) -> Path:
@@ -73,21 +84,34 @@ def newest_export(runs: Path) -> Path:
     return found[-1].parent
 
 
-def load_encoder(path: Path, *, fill: bool = True, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
-    """An exported encoder, built anew and filled, and its facts.
+def encoder_like(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
+    """An encoder built as an export says and initialised afresh, and the export's facts.
 
-    ``changes`` overwrite keys of its encoder section (``image_size``, ``drop_path``); for another image size the positions are
-    resampled by the encoder's own rule. Fixed positions become trainable, as MAE's fine-tuning has them, unless
-    ``positions="sincos"`` is among the changes. ``fill=False`` builds the same network and leaves it as it was initialised.
+    ``changes`` overwrite keys of its encoder section (``image_size``, ``drop_path``). Positions are trainable, also those that
+    were fixed in pretraining, as in MAE's fine-tuning.
+    """
+    facts = read_facts(path)
+    section = EncoderConfig.model_validate({**facts["encoder"], **changes})
+    encoder = Encoder.create(section.name, **section.model_dump(exclude={"name"}))
+    if encoder.vit.pos_embed is not None:
+        encoder.vit.pos_embed.requires_grad_(True)
+    return encoder, facts
+
+
+def fill_encoder(encoder: Encoder, path: Path) -> None:
+    """Put an export's weights into an encoder of the same architecture, strictly; positions are resampled to its grid.
+
+    A final norm that the encoder has dropped is left out. Raises CheckpointError with a table of keys.
     """
     state, facts = read_export(path)
-    section = EncoderConfig.model_validate({**facts["encoder"], "positions": "learned", **changes})
-    encoder = Encoder.create(section.name, **section.model_dump(exclude={"name"}))
-    patch = encoder.spec.patch
-    grid = (facts["image_size"][0] // patch[0], facts["image_size"][1] // patch[1])
-    if not fill:
-        return Encoder.create(
-            section.name, **{**section.model_dump(exclude={"name"}), "positions": facts["encoder"]["positions"]}
-        ), facts
-    encoder.load_state(state, resample=grid != encoder.spec.grid, grid=grid)
+    if not any(name.startswith("norm.") for name in encoder.state()):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
+    rows, columns = (side // patch for side, patch in zip(facts["image_size"], encoder.spec.patch, strict=True))
+    encoder.load_state(state, resample=(rows, columns) != encoder.spec.grid, grid=(rows, columns))
+
+
+def load_encoder(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
+    """An exported encoder, built and filled, and its facts; ``changes`` as in :func:`encoder_like`."""
+    encoder, facts = encoder_like(path, **changes)
+    fill_encoder(encoder, path)
     return encoder, facts

@@ -51,6 +51,13 @@ def choose_precision(config: LaunchConfig, device: str) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
+class _Plugin(DeepSpeedPlugin):
+    """Accelerate's plugin without its message to transformers, which would have to be installed for it."""
+
+    def set_deepspeed_weakref(self) -> None:
+        """Nobody here listens."""
+
+
 class Engine:
     """A task, its optimiser and the processes that train it.
 
@@ -83,7 +90,7 @@ class Engine:
         }
         if zero:
             stage = int(config.engine[-1])
-            options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=self._zero_config(stage, micro_batch))
+            options["deepspeed_plugin"] = _Plugin(hf_ds_config=self._zero_config(stage, micro_batch))
         elif device == "cpu":
             options["cpu"] = True
         # evaluation may give processes unequal numbers of batches, so a forward must not broadcast buffers

@@ -26,7 +26,7 @@ from vitssl.train.folder import begin, refuse_another_run, run_folder, starting_
 from vitssl.train.launch import Engine, choose_device
 from vitssl.train.loop import Event, fit
 from vitssl.train.planning import batch_split, make_plan, outline
-from vitssl.train.state import gather, load_optimizer, load_task
+from vitssl.train.state import create_optimizer, gather, load_optimizer, load_task
 from vitssl.views import View
 
 Open = Callable[[Report], Source]
@@ -108,9 +108,12 @@ def show_plan(config: ProgramConfig, build: Callable[[], Task], open_data: Open,
     report.pairs("plan", _plan(config, outline(build), open_data(report)).lines())
 
 
-def begin_session(config: ProgramConfig, build: Callable[[], Task], open_data: Open, report: Report) -> Session | None:
+def begin_session(
+    config: ProgramConfig, build: Callable[[], Task], open_data: Open, report: Report, *, fill: Callable[[Task], None]
+) -> Session | None:
     """Climb the ladder: this folder's checkpoint, else ``init.resume``'s, else a new task. None: the run is finished.
 
+    ``build`` makes the task (also on the meta device); ``fill`` gives a new run's task the weights it starts from.
     Raises ConfigError, DataError or CheckpointError before anything is written.
     """
     folder = run_folder(config)
@@ -142,9 +145,13 @@ def begin_session(config: ProgramConfig, build: Callable[[], Task], open_data: O
     if saved:
         load_task(task, saved, where=where)
         report.say(f"continuing {where} from step {start:,}")
+    else:
+        fill(task)
     engine.prepare(task, config.optim, lr=plan.lr)
     if saved:
         load_optimizer(engine, saved, where=where)
+    else:
+        create_optimizer(engine)
     report.trackers = engine.trackers("tensorboard", _settings(config))
     lanes = saved.facts["lanes"] if saved else plan.lanes
     return Session(config, engine, plan, source, report, start=start, lanes=lanes)

@@ -21,8 +21,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
     """Everything a continuation needs. Called by every process; the result is whole on each (and written by one)."""
     moments: dict[str, Tensor] = {}
-    if not _torch_optimizer(engine).state:
-        _create_state(engine, 0)
     if engine.kind == "deepspeed":
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -33,7 +31,7 @@ def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
         for name, parameter in engine.named_parameters.items():
             for moment in MOMENTS:
                 moments[f"{moment}/{name}"] = engine.optimizer.state[parameter][moment]
-    facts = {**facts, "updates": updates(engine)}
+    facts = {**facts, "updates": _updates(engine)}
     if engine.accelerator.scaler is not None:
         facts["scaler"] = engine.accelerator.scaler.state_dict()
     return Saved(step=step, state=engine.task.state_dict(), moments=moments, facts=facts)
@@ -51,7 +49,7 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: str) -> None:
     if names != set(saved.moments):
         odd = sorted(names ^ set(saved.moments))
         raise CheckpointError(f"{where}: moments do not fit the trained parameters ({len(odd)} differ: {', '.join(odd[:3])})")
-    _create_state(engine, saved.facts["updates"])
+    create_optimizer(engine, updates=saved.facts["updates"])
     if engine.kind == "deepspeed":
         from deepspeed.utils import safe_set_full_optimizer_state
 
@@ -66,24 +64,26 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: str) -> None:
         engine.accelerator.scaler.load_state_dict(saved.facts["scaler"])
 
 
-def updates(engine: Engine) -> int:
-    """How often AdamW has moved the parameters: its bias correction counts these, not the run's steps."""
-    state = _torch_optimizer(engine).state
-    return int(next(iter(state.values()))["step"]) if state else 0
+def create_optimizer(engine: Engine, *, updates: int = 0) -> None:
+    """AdamW's zero moments and update count, as its first step would have made them.
 
-
-def _create_state(engine: Engine, count: int) -> None:
-    """AdamW's zero state with its update count, as its first step would have made it."""
+    Done at once under every engine: DeepSpeed 0.19 links moments to parameters after the first group's first step, when the
+    other groups have none yet, and would never find theirs.
+    """
     optimizer = _torch_optimizer(engine)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            device = parameter.device if group["fused"] else "cpu"
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(count), device=device),
+                "step": torch.tensor(float(updates), device=parameter.device),
                 **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
             }
     if engine.kind == "deepspeed":
         engine.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _updates(engine: Engine) -> int:
+    """How often AdamW has moved the parameters: its bias correction counts these, and skipped fp16 steps are none."""
+    return int(next(iter(_torch_optimizer(engine).state.values()))["step"])
 
 
 def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
