@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from finetune.config import FinetuneConfig
 from vitssl import dist
 from vitssl.command import Command
@@ -18,7 +16,7 @@ from vitssl.objectives.classify import Classify
 from vitssl.report import Report
 from vitssl.train.evaluate import evaluate
 from vitssl.train.export import encoder_like, fill_encoder, newest_export, write_export
-from vitssl.train.folder import run_folder
+from vitssl.train.folder import begun_with, run_folder
 from vitssl.train.loop import Event
 from vitssl.train.session import Session, begin_session, show_plan
 from vitssl.views import View
@@ -26,9 +24,10 @@ from vitssl.views import View
 
 def run(config: FinetuneConfig, command: Command) -> int:
     """The program after its command line. Returns the exit code."""
-    report = Report(run_folder(config), active=dist.rank() == 0)
+    report = Report(None if command.flags else run_folder(config), active=dist.rank() == 0)
     if config.encoder == "newest":
-        config = config.model_copy(update={"encoder": str(newest_export(config.run.dir))})
+        begun = (begun_with(run_folder(config)) or {}).get("encoder")  # a run goes on with the one it began with
+        config = config.model_copy(update={"encoder": begun or str(newest_export(config.run.dir))})
     source = open_training(config, report)
     labels = source.label_array()
     num_classes = len(source.classes) if source.classes else int(labels.max()) + 1
@@ -46,10 +45,11 @@ def run(config: FinetuneConfig, command: Command) -> int:
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
         return 0
+    images = open_test(config, num_classes)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
         return 0
-    test = Evaluation(session, source, num_classes)
+    test = Evaluation(session, images, classes=source.classes or tuple(map(str, range(num_classes))))
     spec = session.engine.task.encoder.spec
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
     policy = config.augment.rand_augment
@@ -70,6 +70,17 @@ def open_training(config: FinetuneConfig, report: Report) -> Source:
     if source.label_array() is None:
         raise DataError(f"{source.name}: fine-tuning needs a label for every image (.cls members, or class folders)")
     return take_labelled(source, num=config.labelled, seed=config.seed) if config.labelled else source
+
+
+def open_test(config: FinetuneConfig, num_classes: int) -> Source:
+    """The labelled images to be judged on."""
+    source = open_configured(config.test, key="test")
+    labels = source.label_array()
+    if labels is None:
+        raise DataError(f"{source.name}: evaluation needs a label for every image (.cls members, or class folders)")
+    if labels.max() >= num_classes:
+        raise DataError(f"{source.name}: has label {labels.max()}, training has classes 0 to {num_classes - 1}")
+    return source
 
 
 def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
@@ -100,18 +111,11 @@ def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
 class Evaluation:
     """Accuracy on the test images on the way and at the end; the best classifier and the last are kept."""
 
-    def __init__(self, session: Session, training: Source, num_classes: int) -> None:
-        self.session, self.classes, self.num_classes = session, training.classes, num_classes
-        config, spec = session.config, session.engine.task.encoder.spec
-        if config.test.path is None:
-            raise DataError("test.path: has no value; name labelled images to be tested on, as in test.path=/my/test-photos")
-        source = open_configured(config.test, key="test")
-        if source.labels and int(np.max(source.label_array())) >= num_classes:
-            raise DataError(
-                f"{source.name}: has label {np.max(source.label_array())}, training has classes 0 to {num_classes - 1}"
-            )
-        view = View(size=spec.image_size, resize=round(min(spec.image_size) / config.test.crop_pct))
-        self.samples = evaluation_samples(source, [view], channels=spec.channels, labels=True)
+    def __init__(self, session: Session, images: Source, *, classes: tuple[str, ...]) -> None:
+        self.session, self.classes = session, classes
+        spec = session.engine.task.encoder.spec
+        view = View(size=spec.image_size, resize=round(min(spec.image_size) / session.config.test.crop_pct))
+        self.samples = evaluation_samples(images, [view], channels=spec.channels, labels=True)
 
     def event(self) -> Event:
         """The evaluation as something the loop does."""
@@ -140,7 +144,7 @@ class Evaluation:
             "mean": list(session.config.data.mean),
             "std": list(session.config.data.std),
             "pooling": task.head.pooling,
-            "classes": list(self.classes or map(str, range(self.num_classes))),
+            "classes": list(self.classes),
             "run": str(session.folder),
             "step": step,
             "top1": result["top1"],

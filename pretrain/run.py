@@ -17,12 +17,13 @@ from vitssl.report import Report
 from vitssl.train.bench import bench_step
 from vitssl.train.export import encoder_facts, fill_encoder, write_export
 from vitssl.train.folder import run_folder
+from vitssl.train.loop import Event
 from vitssl.train.session import Session, begin_session, show_plan
 
 
 def run(config: PretrainConfig, command: Command) -> int:
     """The program after its command line. Returns the exit code."""
-    report = Report(run_folder(config), active=dist.rank() == 0)
+    report = Report(None if command.flags else run_folder(config), active=dist.rank() == 0)
 
     def build() -> Mixture:
         return build_task(config)
@@ -39,7 +40,9 @@ def run(config: PretrainConfig, command: Command) -> int:
     elif "--plan" in command.flags:
         show_plan(config, build, open_data, report)
     elif session := begin_session(config, build, open_data, report, fill=fill):
-        reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=watch(session))
+        # the export comes before the last checkpoint: whatever kills the run, one that counts as finished has its export
+        events = [*watch(session), Event(every=session.plan.steps, act=lambda step: export(session))]
+        reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=events)
         if reached < session.plan.steps:
             report.rest()
             report.say(f"stopped at step {reached:,} of {session.plan.steps:,}, saved. To go on:  {command.typed('pretrain')}")
@@ -64,10 +67,9 @@ def plain_mae(task: Mixture) -> PlainMAE:
     return PlainMAE(task.encoder.spec, num_keep=mae.num_keep, **mae.config.decoder.model_dump())
 
 
-def finish(session: Session) -> None:
-    """Export, and say what was made, where it lies, and what comes next."""
-    config, plan, report, folder = session.config, session.plan, session.report, session.folder
-    encoder = session.engine.task.encoder
+def export(session: Session) -> None:
+    """Write the encoder, and beside it what it is, for timm and for fine-tuning."""
+    config, plan, encoder = session.config, session.plan, session.engine.task.encoder
     if session.engine.main:
         facts = encoder_facts(
             encoder,
@@ -76,11 +78,16 @@ def finish(session: Session) -> None:
             std=list(config.data.std),
             pooling=config.pooling,
             method="+".join(config.objectives),
-            run=str(folder),
+            run=str(session.folder),
             step=plan.steps,
             samples=plan.steps * plan.batch_size,
         )
-        write_export(folder / "export", "encoder", encoder.state(), facts)
+        write_export(session.folder / "export", "encoder", encoder.state(), facts)
+
+
+def finish(session: Session) -> None:
+    """Say what was made, where it lies, and what comes next."""
+    config, plan, report, folder = session.config, session.plan, session.report, session.folder
     report.rest()
     rows = [
         ("encoder", f"{folder / 'export' / 'encoder.safetensors'}, a plain timm state; encoder.json beside it says of what")
@@ -97,4 +104,6 @@ def probes_in_words(folder: Path) -> str:
     path = folder / "probes.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = {row["step"]: f"{row['knn']:.1%} at step {row['step']:,}" for row in rows if "knn" in row}
-    return " -> ".join(list(found.values())[:1] + list(found.values())[1:][-1:])
+    pixels = [f"raw pixels {row['pixels_knn']:.1%}" for row in rows if "pixels_knn" in row]
+    first_and_last = [found[step] for step in sorted({min(found), max(found)})] if found else []
+    return ", ".join([" -> ".join(first_and_last), *pixels[:1]]) if found else ""

@@ -1,8 +1,14 @@
 """What is watched during pretraining: the loss on images held out, their reconstructions, and a probe of the features."""
 
+import torch
+from torch import Tensor
+
+from vitssl import dist
 from vitssl.data.feed import evaluation_samples, open_configured, share
+from vitssl.data.loader import Samples
 from vitssl.inspect.pictures import save_sheet, sheet
 from vitssl.probes.knn import knn_accuracy
+from vitssl.probes.linear import ridge_accuracy
 from vitssl.schedule import Clock
 from vitssl.train.evaluate import evaluate
 from vitssl.train.features import extract
@@ -15,7 +21,10 @@ def watch(session: Session) -> list[Event]:
     """The events of a run: held-out loss and pictures, and a probe where labelled images are named for one."""
     events = [heldout(session)]
     if session.config.probe.bank.path is not None:
-        events.append(probe(session))
+        probe = Probe(session)
+        if session.start == 0:
+            probe.baselines()
+        events.append(probe.event())
     return events
 
 
@@ -47,35 +56,53 @@ def heldout(session: Session) -> Event:
     return Event(every=session.steps(config.heldout.every), act=act)
 
 
-def probe(session: Session) -> Event:
-    """Weighted kNN of frozen features: the bank's labelled images vote on the queries'."""
-    config, engine, report = session.config, session.engine, session.report
-    spec = engine.task.encoder.spec
-    resize = round(min(spec.image_size) / config.probe.crop_pct)
-    view = View(size=spec.image_size, resize=resize, interpolation="bicubic")
+class Probe:
+    """Frozen features of labelled images: a bank that votes (kNN) or fits (ridge), and queries that are judged."""
 
-    def labelled(part: str):
-        section = getattr(config.probe, part)
-        limit = getattr(config.probe, f"{part}_samples")
-        source = open_configured(section, key=f"probe.{part}")
-        return evaluation_samples(source, [view], channels=spec.channels, labels=True, limit=limit)
+    def __init__(self, session: Session) -> None:
+        self.session, config = session, session.config
+        spec = session.engine.task.encoder.spec
+        self.view = View(size=spec.image_size, resize=round(min(spec.image_size) / config.probe.crop_pct))
+        self.bank, self.queries = self._open("bank"), self._open("queries")
 
-    bank, queries = labelled("bank"), labelled("queries")
+    def event(self) -> Event:
+        """The probe as something the loop does."""
+        return Event(every=self.session.steps(self.session.config.probe.every), act=self.act)
 
-    def act(step: int) -> None:
-        pooling = config.pooling
-        accuracy = knn_accuracy(
-            *extract(engine, share(bank), pooling=pooling),
-            *extract(engine, share(queries), pooling=pooling),
-            k=config.probe.k,
-            temperature=config.probe.temperature,
-        )
-        report.scalars({"probe/knn": accuracy}, step)
-        report.rows(
-            "probes.jsonl", [{"step": step, "knn": accuracy, "k": config.probe.k, "bank": len(bank), "queries": len(queries)}]
-        )
+    def act(self, step: int) -> None:
+        """Judge the encoder as it is after ``step``."""
+        engine, pooling = self.session.engine, self.session.config.pooling
+        bank = extract(engine, share(self.bank), pooling=pooling)
+        self._judge(step, "", *bank, *extract(engine, share(self.queries), pooling=pooling))
+
+    def baselines(self) -> None:
+        """What any encoder has to beat: its own random initialisation, and the pixels themselves."""
+        self.act(0)
+        self._judge(0, "pixels_", *self._pixels(self.bank), *self._pixels(self.queries))
+
+    def _judge(self, step: int, name: str, *features_and_labels: Tensor) -> None:
+        report, config = self.session.report, self.session.config.probe
+        values = {
+            f"{name}knn": knn_accuracy(*features_and_labels, k=config.k, temperature=config.temperature),
+            f"{name}ridge": ridge_accuracy(*features_and_labels),
+        }
+        report.scalars({f"probe/{key}": value for key, value in values.items()}, step)
+        report.rows("probes.jsonl", [{"step": step, **values, "bank": len(self.bank), "queries": len(self.queries)}])
+        what = "raw pixels" if name else "random initialisation" if step == 0 else "encoder"
         report.say(
-            f"step {step:,}  kNN-{config.probe.k} {accuracy:.1%} ({len(bank):,} labelled images vote on {len(queries):,})"
+            f"step {step:,}  {what}: kNN-{config.k} {values[f'{name}knn']:.1%}, ridge {values[f'{name}ridge']:.1%}"
+            f" ({len(self.bank):,} labelled images judge {len(self.queries):,})"
         )
 
-    return Event(every=session.steps(config.probe.every), act=act)
+    def _open(self, part: str) -> Samples:
+        config = self.session.config.probe
+        source = open_configured(getattr(config, part), key=f"probe.{part}")
+        channels = self.session.engine.task.encoder.spec.channels
+        limit = getattr(config, f"{part}_samples")
+        return evaluation_samples(source, [self.view], channels=channels, labels=True, limit=limit)
+
+    def _pixels(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        rows = [(batch.views[self.view].flatten(1).float(), batch.labels, batch.positions) for batch in share(samples)]
+        pixels, labels, positions = (dist.gather_rows(torch.cat(parts)) for parts in zip(*rows, strict=True))
+        order = torch.argsort(positions)
+        return pixels[order] - pixels.mean(), labels[order]

@@ -20,7 +20,7 @@ class Command:
     def typed(self, program: str) -> str:
         """What was typed, to be typed again."""
         return " ".join(
-            [f"python -m {program}", *([str(self.config)] if self.config else []), *map(shlex.quote, self.overrides)]
+            [f"python -m {program}", *map(shlex.quote, [*([str(self.config)] if self.config else []), *self.overrides])]
         )
 
 
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str], *, flags: Mapping[str, Sequence[str]]) -> Command
             allowed = flags[word]
             value = next(words, "") if allowed else ""
             if allowed and value not in allowed:
-                raise ConfigError(f"{word} {value}: takes one of {', '.join(allowed)}")
+                raise ConfigError(f"{f'{word} {value}'.strip()}: takes one of {', '.join(allowed)}")
             seen[word] = value
         elif "=" in word:
             overrides.append(word)

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
@@ -68,7 +68,7 @@ def build(model: type[T], values: Mapping[str, Any], *, where: str) -> T:
 
 def dump(config: Section) -> str:
     """The config as YAML that :func:`load` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: Sequence[str] = ()) -> list[str]:
@@ -98,21 +98,30 @@ def describe(model: type[Section], prefix: str = "") -> list[tuple[str, str, str
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people expect it: ``1e-4`` is a number, a key written twice is an error."""
+    """YAML 1.1 as people expect it: ``1e-4`` is a number, ``2024-01-31`` is a name, a key written twice is an error."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d[\d_]*([eE][-+]?\d+)?$|^[-+]?\d[\d_]*\.[\d_]*$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever either YAML 1.1 or :class:`_Loader` would not read back as the string it is."""
+
+
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?\.\d[\d_]*([eE][-+]?\d+)?$|^[-+]?\d[\d_]*\.[\d_]*$")
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        place = f"{key.start_mark.name}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{place}: a key is one word, not a list or a table")
         if key.value in seen:
-            raise ConfigError(f"{key.start_mark.name}:{key.start_mark.line + 1}: key {key.value!r} stands twice; keep one")
+            raise ConfigError(f"{place}: key {key.value!r} stands twice; keep one")
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -121,16 +130,15 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _constru
 
 
 def _parse(text: str, name: str) -> Any:
-    loader = _Loader(text)
-    loader.name = name
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{_shown(name)}{line}: not YAML: {problem}") from None
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -148,8 +156,11 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a config is a table of keys and values, not a {type(values).__name__}")
     bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base={bases!r}: give the path of a config, or a list of paths")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged = _merge(merged, _read(path.parent / base, (*chain, path.resolve())))
     return _merge(merged, values)
 
@@ -192,23 +203,49 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def _explain(model: type[Section], error: ValidationError, where: str) -> str:
-    first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    key, more = ".".join(path), error.error_count() - 1
-    tail = f" (and {more} more)" if more else ""
+    failures = error.errors(include_url=False)
+    places = [_place(model, failure["loc"]) for failure in failures]
+    first, path = failures[0], places[0]
+    key, more = _shown(".".join(path)), len({tuple(place) for place in places}) - 1
+    alike = sum(place[: len(path)] == path for place in places)
+    tail = f" (in {where})" + (f" (and {more} more)" if more and alike == 1 else "")
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(model, path)} (in {where}){tail}"
+        return f"{key}: unknown key{_nearest(model, path)}{tail}"
     if first["type"] == "missing":
-        return f"{key}: has no value and needs one (in {where}){tail}"
+        return f"{key}: has no value and needs one{tail}"
+    if first["type"] == "model_type":
+        return f"{key}={first['input']!r}: is a section; set its keys, as in {key}.key=value{tail}"
+    if alike > 1:  # no form of a union fits: its description says what they are
+        described = {name: description for name, _, description in describe(model)}
+        return f"{key}={first['input']!r}: does not fit; wanted is {described.get(key, 'another kind of value')}{tail}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]} (in {where}){tail}"
+    return f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}{tail}"
+
+
+def _place(model: type[Section], location: Sequence[str | int]) -> list[str]:
+    """The key of a failure as the user writes it: pydantic's names for the forms of a union are left out."""
+    section: type[Section] | None = model
+    named, path = True, []
+    for part in location:
+        if named or isinstance(part, int):
+            path.append(str(part))
+        field = section.model_fields.get(part) if section and isinstance(part, str) else None
+        if field is not None:
+            section = _section_of(field.annotation)
+            named = section is not None or get_origin(field.annotation) is dict
+    return path
+
+
+def _shown(text: str) -> str:
+    """Text for a message: as it is, or quoted where it holds what cannot be printed."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _nearest(model: type[Section], path: list[str]) -> str:
     known = [key for key, _, _ in describe(model)]
     groups = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 2)}
-    full = ".".join(path)
-    siblings = [key for key in groups if key.rpartition(".")[0] == full.rpartition(".")[0]]
-    by_name = [key for key in known if key.rpartition(".")[2] == path[-1]]
-    near = difflib.get_close_matches(full, siblings, n=1, cutoff=0.5) or by_name[:1]
-    return f"; did you mean {near[0]}?" if near else f"; allowed here: {', '.join(sorted(siblings))}" if siblings else ""
+    siblings = {key.rpartition(".")[2]: key for key in groups if key.rpartition(".")[0] == ".".join(path[:-1])}
+    elsewhere = [key for key in known if key.rpartition(".")[2] == path[-1]]
+    near = elsewhere or [siblings[name] for name in difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)]
+    allowed = f"; allowed here: {', '.join(sorted(siblings.values()))}" if siblings else ""
+    return f"; did you mean {near[0]}?" if near else allowed

@@ -8,15 +8,22 @@ import errno
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from vitssl.errors import UserError
+
+PATIENCE = 3.0  # seconds that a later process waits for its launcher to end it before it tells its error
+WIDE = 120  # columns of a terminal that has room for a bar beside the text
+
+_bars: list[Progress] = []  # on the screen now; stopped before an error is shown below them
 
 
 class Report:
@@ -58,8 +65,11 @@ class Report:
             self.console.print(Text(text))
             return
         if self._bar is None:
-            self._bar = Progress(BarColumn(bar_width=16), TextColumn("{task.description}"), console=self.console)
+            words = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
+            columns = [BarColumn(bar_width=16)] if self.console.width >= WIDE else []
+            self._bar = Progress(*columns, words, console=self.console)
             self._bar.start()
+            _bars.append(self._bar)
             self._row = self._bar.add_task("", total=total)
         self._bar.update(self._row, completed=done, total=total, description=text)
 
@@ -80,13 +90,14 @@ class Report:
     def rest(self) -> None:
         """Leave the progress line as it stands and go on below it."""
         if self._bar is not None:
+            _bars.remove(self._bar)
             self._bar.stop()
             self._bar = None
 
     def rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows to ``name`` (a .jsonl file of the run)."""
-        if self.active:
-            self._append(name, "\n".join(json.dumps(row) for row in rows))
+        if self.active and (lines := [json.dumps(row) for row in rows]):
+            self._append(name, "\n".join(lines))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Numbers for the trackers."""
@@ -120,13 +131,30 @@ def program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
             where = error.filename or "the run's folder"
             return _refuse(f"no space left on the device while writing {where}; free some and run the same command to go on")
         raise
+    except KeyboardInterrupt:
+        _tell("interrupted", "the same command goes on from the last checkpoint, if one was written")
+        return 130
+    finally:
+        _leave_bars()
 
 
 def _refuse(message: str) -> int:
-    if int(os.environ.get("RANK", 0)) == 0 or os.environ.get("VITSSL_ALL_RANKS"):
-        Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
-    sys.stdout.flush()
+    process = int(os.environ.get("RANK", 0))
+    if process:  # what the first process says too is read once: its launcher ends this one meanwhile
+        time.sleep(PATIENCE)
+    _tell("error" if not process else f"error in process {process}", message)
     return 2
+
+
+def _leave_bars() -> None:
+    while _bars:
+        _bars.pop().stop()
+
+
+def _tell(kind: str, message: str) -> None:
+    _leave_bars()
+    sys.stdout.flush()
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble((f"{kind}: ", "bold red"), message))
 
 
 def show(text: str) -> None:

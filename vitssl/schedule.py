@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 from vitssl.errors import ConfigError
@@ -30,7 +31,7 @@ class Duration:
         """Read what a user wrote. Raises ConfigError on anything else."""
         if isinstance(text, Duration):
             return text
-        match = re.fullmatch(r"([\d_]+(?:\.\d+)?)\s*(ep|%|steps)?", str(text).strip())
+        match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*(ep|%|steps)?", str(text).strip())
         if match is None or isinstance(text, bool):
             raise ConfigError(f"{text!r} is not a duration; write epochs as 300ep, a share as 5%, or steps as 12_500")
         value, unit = float(match[1].replace("_", "")), match[2] or "steps"
@@ -49,7 +50,7 @@ class Duration:
         return int(self.value)
 
     def __str__(self) -> str:
-        number = f"{self.value:g}" if self.value < 1e6 else f"{self.value:.0f}"
+        number = str(int(self.value)) if self.value == int(self.value) else f"{Decimal(repr(self.value)):f}"
         return number if self.unit == "steps" else number + self.unit
 
 

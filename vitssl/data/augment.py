@@ -77,7 +77,9 @@ class RandAugment:
             self._transform = rand_augment_transform(config, options)
         except (AssertionError, ValueError, KeyError) as error:
             reason = f" ({error})" if str(error) else ""
-            raise ConfigError(f"{config!r} is no RandAugment of timm{reason}; write for example rand-m9-mstd0.5-inc1") from None
+            raise ConfigError(
+                f"augment.rand_augment={config!r} is no RandAugment of timm{reason}; write for example rand-m9-mstd0.5-inc1"
+            ) from None
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
         kept, kept_numpy = random.getstate(), np.random.get_state()

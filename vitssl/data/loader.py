@@ -7,7 +7,9 @@ Surprising: a failure crosses from a worker as a value and is raised here, becau
 
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,7 +190,8 @@ def _load(samples: Samples, positions: _Training | _Once, workers: int) -> Itera
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # or starting to iterate would draw from the global generator
     )
-    iterator = iter(loader)
+    with _quiet_children():
+        iterator = iter(loader)
     try:
         while (batch := _next(iterator)) is not None:
             if isinstance(batch, _Failure):
@@ -196,6 +199,17 @@ def _load(samples: Samples, positions: _Training | _Once, workers: int) -> Itera
             yield batch
     finally:
         del iterator  # ends the workers, even while a traceback keeps this frame alive
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Keep torch from raising a worker's death wherever the main thread happens to be; asking for a batch finds it as well."""
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _next(iterator: Iterator) -> Batch | _Failure | None:
@@ -216,6 +230,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the loop, which owns it, finishes its step, and that needs the workers."""
+    """Ctrl-C, and a batch system's SIGTERM, reach all processes: the loop finishes its step, and that needs the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

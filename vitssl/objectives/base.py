@@ -51,7 +51,7 @@ class Objective(nn.Module):
 
     def stacks(self) -> list[Stack]:
         """The transformer stacks one sample passes through; by default the encoder, with all tokens."""
-        return [Stack(self.spec.prefix + self.spec.num_patches, self.spec.dim, self.spec.depth)]
+        return [Stack(self.spec.prefix + self.spec.num_patches, self.spec.dim, self.spec.depth, self.spec.heads)]
 
     def param_rules(self) -> list[Rule]:
         """Rules for this objective's own parameters (names relative to it), each covered once; none: the usual pair."""

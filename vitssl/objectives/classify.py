@@ -84,8 +84,8 @@ class Classify(Task):
         return loss, hard
 
     def stacks(self) -> list[Stack]:
-        spec = self.encoder.spec
-        return [Stack(spec.prefix + spec.num_patches, spec.dim, spec.depth)]
+        spec, trained = self.encoder.spec, self.mode == "full"
+        return [Stack(spec.prefix + spec.num_patches, spec.dim, spec.depth if trained else 0, spec.heads)]
 
     def param_rules(self) -> list[Rule]:
         return layer_decay_rules(self.encoder.spec.depth, self.layer_decay)

@@ -82,8 +82,8 @@ class MAE(Objective):
     def stacks(self) -> list[Stack]:
         decoder, spec = self.config.decoder, self.spec
         return [
-            Stack(spec.prefix + self.num_keep, spec.dim, spec.depth),
-            Stack(spec.prefix + spec.num_patches, decoder.dim, decoder.depth, decoder.mlp_ratio),
+            Stack(spec.prefix + self.num_keep, spec.dim, spec.depth, spec.heads),
+            Stack(spec.prefix + spec.num_patches, decoder.dim, decoder.depth, decoder.heads, decoder.mlp_ratio),
         ]
 
     @torch.no_grad()

@@ -49,8 +49,11 @@ def save(root: Path, saved: Saved) -> Path:
             files[path.name] = {"sha256": _digest(path), "bytes": path.stat().st_size, "tensors": len(shard)}
             _sync(path)
         manifest = {"format": FORMAT, "step": saved.step, "facts": saved.facts, "files": files}
-        _write(temporary / "manifest.json", json.dumps(manifest, indent=1))
-        if final.exists():
+        _write(temporary / "manifest.json", json.dumps(manifest | {"sha256": _own_digest(manifest)}, indent=1))
+        for name in files:  # safetensors lets nobody but the owner read; the run's other files are the team's
+            (temporary / name).chmod((temporary / "manifest.json").stat().st_mode)
+        _sync(temporary)
+        if final.exists():  # it was found damaged and the run has come past it again
             shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(root)
@@ -77,7 +80,10 @@ def load(folder: Path) -> Saved:
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != facts["bytes"] or _digest(path) != facts["sha256"]:
             raise CheckpointError(f"{path} is damaged: its checksum is not the one in manifest.json")
-        tensors |= load_file(path)
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is no safetensors file ({_reason(error)})") from None
     split: dict[str, dict[str, Tensor]] = {"state": {}, "moments": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
@@ -101,37 +107,44 @@ def load_newest(root: Path, *, tell: Callable[[str], None]) -> Saved | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises CheckpointError where it is absent, damaged or of another format."""
+    """A checkpoint's manifest, which carries its own checksum. Raises CheckpointError: absent, damaged, of another format."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        manifest = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({_reason(error)})") from None
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.get('format')}, this program reads {FORMAT}")
+    if manifest.pop("sha256", None) != _own_digest(manifest):
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one it carries")
     return manifest
 
 
 def found(root: Path) -> list[Path]:
     """The checkpoint folders below ``root``, oldest first."""
     folders = root.iterdir() if root.is_dir() else ()
-    return sorted(path for path in folders if re.fullmatch(r"step_\d{8,}", path.name))
+    return sorted((path for path in folders if re.fullmatch(r"step_\d{8,}", path.name)), key=_step)
 
 
-def prune(root: Path, *, keep_last: int, keep_every: int | None, keep: Iterable[int] = ()) -> None:
-    """Remove all but the ``keep_last`` newest, each multiple of ``keep_every`` steps, and the steps in ``keep``."""
-    folders = found(root)
+def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None) -> None:
+    """Remove all but the ``keep_last`` newest up to step ``newest`` and each multiple of ``keep_every`` steps.
+
+    One of a later step was found damaged when this run was continued; it stays, and takes no whole one's place.
+    """
+    folders = [folder for folder in found(root) if _step(folder) <= newest]
     for folder in folders[: max(0, len(folders) - keep_last)]:
-        step = int(folder.name.removeprefix("step_"))
-        if step in keep or (keep_every and step % keep_every == 0):
-            continue
-        shutil.rmtree(folder)
+        if not (keep_every and _step(folder) % keep_every == 0):
+            shutil.rmtree(folder)
     for leftover in root.glob(".writing_*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _name(step: int) -> str:
     return f"step_{step:08}"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def _shards(tensors: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
@@ -150,6 +163,10 @@ def _shards(tensors: dict[str, Tensor]) -> Iterable[dict[str, Tensor]]:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

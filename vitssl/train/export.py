@@ -16,22 +16,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.models.encoder import Encoder
 from vitssl.sections import EncoderConfig
 
-NEEDED = ("architecture", "arguments", "image_size", "mean", "std", "pooling")
+NEEDED = ("architecture", "arguments", "image_size", "mean", "std", "pooling")  # and an encoder its section "encoder"
 
 
 def write_export(folder: Path, name: str, state: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """Write ``name.safetensors`` and ``name.json`` into ``folder``, each replaced atomically; returns the weights' path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``name.safetensors`` and ``name.json`` into ``folder``, each replaced atomically; returns the weights' path.
+
+    Raises CheckpointError where they cannot be written; an earlier export is then still whole.
+    """
     weights, words = folder / f"{name}.safetensors", folder / f"{name}.json"
     new_weights, new_words = folder / f".{name}.safetensors", folder / f".{name}.json"
-    save_file({key: tensor.detach().float().contiguous().cpu() for key, tensor in state.items()}, new_weights)
-    new_words.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(new_weights, weights)
-    os.replace(new_words, words)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.detach().float().contiguous().cpu() for key, tensor in state.items()}, new_weights)
+        new_words.write_text(json.dumps(facts, indent=1) + "\n")
+        new_weights.chmod(new_words.stat().st_mode)  # safetensors lets nobody but the owner read
+        os.replace(new_weights, weights)
+        os.replace(new_words, words)
+    except (OSError, SafetensorError) as error:
+        for unfinished in (new_weights, new_words):
+            unfinished.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(f"{weights} could not be written: {reason}; free space and run the same command again") from error
     return weights
 
 
@@ -62,7 +73,8 @@ def read_facts(path: Path, name: str = "encoder") -> dict[str, Any]:
         facts = json.loads(words.read_text())
     except ValueError as error:
         raise CheckpointError(f"{words} is damaged: {error}; export it again") from None
-    if missing := [key for key in NEEDED if key not in facts]:
+    needed = (*NEEDED, "encoder") if name == "encoder" else NEEDED
+    if missing := [key for key in needed if not isinstance(facts, dict) or key not in facts]:
         raise CheckpointError(f"{words} lacks {', '.join(missing)}; export it again")
     return facts
 
@@ -91,7 +103,7 @@ def encoder_like(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
     were fixed in pretraining, as in MAE's fine-tuning.
     """
     facts = read_facts(path)
-    section = EncoderConfig.model_validate({**facts["encoder"], **changes})
+    section = build(EncoderConfig, {**facts["encoder"], **changes}, where=str(path))
     encoder = Encoder.create(section.name, **section.model_dump(exclude={"name"}))
     if encoder.vit.pos_embed is not None:
         encoder.vit.pos_embed.requires_grad_(True)

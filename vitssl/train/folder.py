@@ -27,12 +27,26 @@ def run_folder(config: ProgramConfig) -> Path:
     return config.run.dir / config.run.name
 
 
-def refuse_another_run(folder: Path, config: ProgramConfig, *, changeable: tuple[str, ...] = CHANGEABLE) -> None:
+def begun_with(folder: Path) -> dict[str, Any] | None:
+    """The config of the run that a folder holds: {} where no checkpoint was written yet, None where it cannot be read."""
+    if not checkpoint.found(folder / "checkpoints"):
+        return {}
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return values if isinstance(values, dict) and values else None
+
+
+def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> None:
     """Raise ConfigError, showing the difference, where the folder holds a run of another config."""
-    path = folder / "config.yaml"
-    if not checkpoint.found(folder / "checkpoints") or not path.exists():
-        return
-    differing = difference(yaml.safe_load(path.read_text()), config.model_dump(mode="json"), ignore=changeable)
+    values = begun_with(folder)
+    if values is None:
+        report.say(
+            f"warning: {folder / 'config.yaml'} is damaged or missing, so whether this is the same run is unknown; going on",
+            style="yellow",
+        )
+    differing = difference(values, config.model_dump(mode="json"), ignore=CHANGEABLE) if values else []
     if differing:
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(differing[:4])}{'; ...' if len(differing) > 4 else ''});"
@@ -58,9 +72,9 @@ def starting_point(folder: Path, resume: Path | None, report: Report) -> tuple[S
 def begin(folder: Path, config: ProgramConfig, plan: Plan, *, step: int) -> None:
     """Write config, plan and environment, and cut the logs back to ``step``. The main process calls it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(config))
+    _replace(folder / "config.yaml", dump(config))
     plan.save(folder / "plan.json")
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     for name in ("metrics.jsonl", "probes.jsonl"):
         _cut(folder / name, step)
 
@@ -85,17 +99,21 @@ def environment() -> dict[str, Any]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop the rows after ``step``: a continued run writes them anew."""
-    if not path.exists():
-        return
-    rows = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in rows))
+    """Drop the rows after ``step``, all of them where that is 0: a continued run writes them anew."""
+    if path.exists():
+        rows = [line for line in path.read_text(errors="replace").splitlines() if step and _step_of(line) <= step]
+        _replace(path, "".join(line + "\n" for line in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write under another name, then rename: a killed process leaves the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # a row that a killed process left half-written

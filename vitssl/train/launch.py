@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DeepSpeedPlugin, LoggerType, ProjectConfiguration
 from torch import Tensor
 
 from vitssl import draws
@@ -51,6 +52,11 @@ def choose_precision(config: LaunchConfig, device: str) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
+def fuses_attention(device: str, precision: str) -> bool:
+    """Whether torch's fused attention is used: its bf16 backward on a CPU takes 2 to 8 times as long (torch 2.15)."""
+    return not (device == "cpu" and precision == "bf16")
+
+
 class _Plugin(DeepSpeedPlugin):
     """Accelerate's plugin without its message to transformers, which would have to be installed for it."""
 
@@ -85,8 +91,8 @@ class Engine:
         options: dict[str, Any] = {
             "gradient_accumulation_steps": accumulation,
             "mixed_precision": "no" if zero or self.precision == "fp32" else self.precision,
-            "log_with": trackers or None,
-            "project_dir": folder,
+            "log_with": _available(trackers) or None,
+            "project_config": ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
         }
         if zero:
             stage = int(config.engine[-1])
@@ -115,8 +121,8 @@ class Engine:
                 part.checkpointing = self.config.checkpointing
             if self.config.compile and hasattr(part, "compile_blocks"):
                 part.compile_blocks()
-        if self.device.type == "cpu" and self.precision == "bf16":
-            fuse_attention(task, False)  # torch 2.15: the fused backward takes 2 to 8 times as long as the plain one
+        if not fuses_attention(self.device.type, self.precision):
+            fuse_attention(task, False)
         self.task = task.to(self.device)
         optimizer = build_optimizer(task, config, lr=lr, device=self.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(task, optimizer)
@@ -157,11 +163,11 @@ class Engine:
         """Seed dropout, drop path and mixup by (seed, step, process): exact on resume."""
         torch.manual_seed(draws.fold(clock.seed, purpose("step"), clock.step, self.accelerator.process_index))
 
-    def trackers(self, name: str, settings: dict[str, Any]) -> list[Any]:
-        """Start Accelerate's trackers and hand them over."""
+    def trackers(self, settings: dict[str, Any]) -> list[Any]:
+        """Start Accelerate's trackers, show them the settings, and hand them over."""
         if not self.accelerator.log_with:
             return []
-        self.accelerator.init_trackers(name)
+        self.accelerator.init_trackers("vitssl")
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard" and self.main:
                 text = "\n".join(f"    {key}: {value}" for key, value in settings.items())
@@ -187,6 +193,18 @@ class Engine:
             "steps_per_print": 2**31 - 1,
             "wall_clock_breakdown": False,
         }
+
+
+def _available(trackers: list[str]) -> list[str]:
+    """The trackers as they are, if all of them are there; Accelerate itself would leave out a missing one in silence."""
+    known = [str(tracker.value) for tracker in LoggerType if tracker.value != "all"]
+    installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    for name in trackers:
+        if name not in known:
+            raise ConfigError(f"log.trackers: {name!r} is none of {', '.join(known)}")
+        if name not in installed:
+            raise ConfigError(f"log.trackers: {name} is not installed; pip install {name}, or take it out")
+    return trackers
 
 
 def _refuse_conflicts(config: LaunchConfig, precision: str) -> None:

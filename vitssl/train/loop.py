@@ -140,8 +140,8 @@ def _flush(window: Window, done: int, report: Report, measured: dict[str, float]
     for row in rows:
         if not math.isfinite(row["loss"]):
             raise TrainingError(
-                f"the loss is {row['loss']} at step {row['step']}; nothing was saved since: the last checkpoint is good. Lower"
-                " optim.base_lr, set optim.clip=1.0 or take launch.precision=fp32, under another run.name"
+                f"the loss is {row['loss']} at step {row['step']}; nothing of it was saved. Lower optim.base_lr, set"
+                " optim.clip=1.0 or take launch.precision=fp32, under another run.name"
             )
     report.rows("metrics.jsonl", [*rows[:-1], rows[-1] | measured])
     window.rows += rows

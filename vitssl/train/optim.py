@@ -23,11 +23,16 @@ class Group:
 def group_parameters(task: Task) -> list[Group]:
     """Sort every trainable parameter under the one rule that covers it, in the order of the rules.
 
-    Raises ConfigError naming a parameter that no rule or more than one rule covers, and the rules that do.
+    Raises ConfigError naming a parameter that no rule or more than one rule covers, and the rules that do; or a name
+    that two rules share.
     """
     members: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}
-    rules = {rule.name: rule for rule in task.param_rules()}
+    listed = task.param_rules()
+    rules = {rule.name: rule for rule in listed}
+    if len(rules) < len(listed):
+        twice = next(rule.name for rule in listed if rules[rule.name] is not rule)
+        raise ConfigError(f"two parameter rules are called {twice}; each needs a name of its own: mend param_rules")
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
             continue

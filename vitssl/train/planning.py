@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vitssl import dist
-from vitssl.plan import Plan, Stack, run_length, scaled_lr, split_batch, training_memory
+from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
 from vitssl.task import Task
-from vitssl.train.launch import choose_device, choose_precision
+from vitssl.train.launch import choose_device, choose_precision, fuses_attention
 from vitssl.train.optim import group_parameters
 
 USABLE = 0.8  # of the device's memory: the rest is the allocator's, the libraries' and the estimate's
@@ -23,8 +23,12 @@ def outline(build: Callable[[], Task]) -> Task:
 
 def activations(stacks: Sequence[Stack], config: ProgramConfig, precision: str) -> int:
     """Estimated bytes that one sample's forward keeps for its backward."""
-    width = 4 if precision == "fp32" else 2
-    return sum(stack.activations(width=width, checkpointing=config.launch.checkpointing) for stack in stacks)
+    return activation_memory(
+        stacks,
+        width=4 if precision == "fp32" else 2,
+        fused=fuses_attention(choose_device(config.launch), precision),
+        checkpointing=config.launch.checkpointing,
+    )
 
 
 def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:

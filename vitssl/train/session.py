@@ -34,7 +34,8 @@ Open = Callable[[Report], Source]
 
 @dataclass
 class Session:
-    """A run that is ready to train. ``start`` is the step it continues from, ``lanes`` those it was begun with."""
+    """A run that is ready to train. ``start`` is the step it continues from, ``lanes`` those it was begun with, ``saved`` the
+    step last written: to replace a whole checkpoint by its equal would leave none for a moment."""
 
     config: ProgramConfig
     engine: Engine
@@ -43,6 +44,7 @@ class Session:
     report: Report
     start: int
     lanes: int
+    saved: int = 0
 
     @property
     def folder(self) -> Path:
@@ -54,6 +56,8 @@ class Session:
 
     def save(self, step: int) -> None:
         """Write a checkpoint and drop the ones the policy does not keep. Every process calls it."""
+        if step == self.saved:
+            return
         facts = {"samples": step * self.plan.batch_size, "lanes": self.lanes}
         gathered = gather(self.engine, step=step, facts=facts)
         if self.engine.main:
@@ -61,8 +65,9 @@ class Session:
             root = self.folder / "checkpoints"
             checkpoint.save(root, gathered)
             every = self.steps(policy.keep_every) if policy.keep_every else None
-            checkpoint.prune(root, keep_last=policy.keep_last, keep_every=every)
+            checkpoint.prune(root, newest=step, keep_last=policy.keep_last, keep_every=every)
         dist.barrier()
+        self.saved = step
 
     def fit(
         self,
@@ -117,7 +122,7 @@ def begin_session(
     Raises ConfigError, DataError or CheckpointError before anything is written.
     """
     folder = run_folder(config)
-    refuse_another_run(folder, config)
+    refuse_another_run(folder, config, report)
     shape = outline(build)
     micro_batch, accumulation = batch_split(config, shape)
     engine = Engine(
@@ -152,7 +157,7 @@ def begin_session(
         load_optimizer(engine, saved, where=where)
     else:
         create_optimizer(engine)
-    report.trackers = engine.trackers("tensorboard", _settings(config))
+    report.trackers = engine.trackers(_settings(config))
     lanes = saved.facts["lanes"] if saved else plan.lanes
     return Session(config, engine, plan, source, report, start=start, lanes=lanes)
 

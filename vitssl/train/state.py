@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitssl.errors import CheckpointError
+from vitssl.errors import CheckpointError, TrainingError
 from vitssl.models.state import require_fit
 from vitssl.task import Task
 from vitssl.train.checkpoint import Saved
@@ -19,7 +19,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
-    """Everything a continuation needs. Called by every process; the result is whole on each (and written by one)."""
+    """Everything a continuation needs. Called by every process; the result is whole on each (and written by one).
+
+    Raises TrainingError where something is not finite: the loss was still a number, and what it led to is not.
+    """
     moments: dict[str, Tensor] = {}
     if engine.kind == "deepspeed":
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -34,7 +37,14 @@ def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
     facts = {**facts, "updates": _updates(engine)}
     if engine.accelerator.scaler is not None:
         facts["scaler"] = engine.accelerator.scaler.state_dict()
-    return Saved(step=step, state=engine.task.state_dict(), moments=moments, facts=facts)
+    saved = Saved(step=step, state=engine.task.state_dict(), moments=moments, facts=facts)
+    for name, tensor in {**saved.state, **saved.moments}.items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"{name} is not finite after step {step}; nothing of it was saved. Lower optim.base_lr, set"
+                " optim.clip=1.0 or take launch.precision=fp32, under another run.name"
+            )
+    return saved
 
 
 def load_task(task: Task, saved: Saved, *, where: str) -> None:

@@ -1,0 +1,109 @@
+"""DeepSpeed on two CPU processes: it really runs, trains as DDP does, and its checkpoints are everyone's."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+    pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="deepspeed compiles an op: no C++ compiler"),
+]
+
+SPY = """
+from vitssl.train.launch import Engine
+real = Engine.prepare
+def prepare(self, *arguments, **options):
+    real(self, *arguments, **options)
+    wrapped = self.wrapped
+    stage = getattr(wrapped, "zero_optimization_stage", lambda: None)()
+    print("engine", self.kind, type(wrapped).__name__, stage, getattr(wrapped, "world_size", None))
+Engine.prepare = prepare
+"""
+STEPS = ("checkpoint.every=5", "checkpoint.keep_last=9")
+
+
+@pytest.fixture(scope="module")
+def zero2(pretrain: Callable, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("zero2") / "run"
+    return pretrain(folder, *STEPS, "launch.engine=zero2", processes=2, trap=SPY).ok()
+
+
+def test_the_engine_is_deepspeeds_and_equals_ddp(zero2, exported) -> None:
+    assert all("engine deepspeed DeepSpeedEngine 2 2" in out.read_text() for out, _ in zero2.files)
+    np.testing.assert_allclose(zero2.losses(), exported.losses(), rtol=1e-5)
+    ours, theirs = zero2.rows()[-1], exported.rows()[-1]
+    assert ours["lr"] == theirs["lr"] and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_its_checkpoint_holds_what_ddps_holds(zero2, exported) -> None:
+    ours, theirs = zero2.tensors(), exported.tensors()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32 and tensor.shape == theirs[name].shape, name
+    drift = max(float((ours[name] - theirs[name]).abs().max()) for name in ours if name.startswith("state/"))
+    assert drift < 1e-2  # the key biases' gradients are rounding, which AdamW turns into whole steps
+    assert all(ours[name].abs().max() > 0 for name in ours if name.startswith("moments/"))
+
+
+def test_its_export_is_timms(zero2) -> None:
+    facts = json.loads((zero2.folder / "export/encoder.json").read_text())
+    model = timm.create_model(facts["architecture"], **facts["arguments"])
+    model.load_state_dict(load_file(zero2.folder / "export/encoder.safetensors"), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("begun", "engine", "processes"),
+    [("zero2", "zero2", 2), ("zero2", "ddp", 1), ("zero2", "zero1", 2), ("exported", "zero2", 2)],
+)
+def test_one_engine_goes_on_from_anothers_checkpoint(
+    pretrain: Callable, request: pytest.FixtureRequest, tmp_path: Path, begun: str, engine: str, processes: int
+) -> None:
+    before = request.getfixturevalue(begun)
+    shutil.copytree(before.folder, tmp_path / "run")
+    for step in (15, 20):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{step:08}")
+    run = pretrain(tmp_path / "run", *STEPS, f"launch.engine={engine}", processes=processes, trap=SPY).ok()
+    kind = "single Mixture" if engine == "ddp" else f"deepspeed DeepSpeedEngine {engine[-1]} {processes}"
+    assert f"engine {kind}" in run.out and "from step 10" in run.out
+    assert run.losses()[:10] == before.losses()[:10]
+    np.testing.assert_allclose(run.losses()[10:], before.losses()[10:], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        (["launch.engine=zero1"], 1e-5),
+        (["launch.engine=zero2", "micro_batch=2"], 1e-5),
+        (["launch.engine=zero2", "optim.clip=0.1"], 1e-5),
+        (["launch.engine=zero2", "launch.precision=bf16"], 5e-3),
+    ],
+    ids=["zero1", "accumulated", "clipped", "bf16"],
+)
+def test_it_equals_ddp_in_every_setting(pretrain: Callable, tmp_path: Path, overrides: list[str], tolerance: float) -> None:
+    ours = pretrain(tmp_path / "zero", *overrides, processes=2, trap=SPY).ok()
+    assert f"DeepSpeedEngine {overrides[0][-1]}" in ours.out
+    theirs = pretrain(tmp_path / "ddp", *overrides[1:]).ok()
+    np.testing.assert_allclose(ours.losses(), theirs.losses(), rtol=tolerance)
+
+
+def test_a_single_process_is_enough(pretrain: Callable, tmp_path: Path, exported) -> None:
+    run = pretrain(tmp_path / "run", "launch.engine=zero2", "length=20", trap=SPY).ok()
+    assert "DeepSpeedEngine 2 1" in run.out
+    np.testing.assert_allclose(run.losses(), exported.losses(), rtol=1e-5)
+
+
+def test_fine_tuning_runs_under_it(finetune: Callable, tmp_path: Path) -> None:
+    one = finetune(tmp_path / "one").ok()
+    two = finetune(tmp_path / "two", "launch.engine=zero2", processes=2, trap=SPY).ok()
+    assert "DeepSpeedEngine 2 2" in two.out
+    # mixing and drop path are drawn per process: the first step, whose head is zero, and the evaluation are comparable
+    assert two.losses()[0] == pytest.approx(one.losses()[0], rel=1e-6)
+    assert two.rows("probes.jsonl")[-1]["images"] == 16
