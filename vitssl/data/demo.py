@@ -204,10 +204,9 @@ def _clutter(rng: Generator, size: int, *, scrap: float) -> np.ndarray:
 
 def _colours(rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two RGB colours that can be told apart; which of them is the brighter is chance."""
-    while True:
-        back, front = _ink(rng), _ink(rng)
-        if abs((back - front) @ _LUMA) > 0.2:
-            return back, front
+    while abs(((back := _ink(rng)) - (front := _ink(rng))) @ _LUMA) <= 0.2:
+        pass
+    return back, front
 
 
 def _ink(rng: Generator) -> np.ndarray:

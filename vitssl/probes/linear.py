@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def ridge_accuracy(features: Tensor, labels: Tensor, queries: Tensor, answers: Tensor, *, strength: float = 1e-2) -> float:
+def ridge_accuracy(features: Tensor, labels: Tensor, queries: Tensor, answers: Tensor, *, strength: float = 1e-4) -> float:
     """Top-1 accuracy in [0, 1] on ``queries`` [Q, D] of the ridge classifier fitted to ``features`` [N, D], ``labels`` [N].
 
     Features are standardised by the mean and deviation of the bank; targets are one-hot and centred; the penalty is

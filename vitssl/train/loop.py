@@ -33,7 +33,10 @@ class Event:
     last: bool = True
 
     def due(self, done: int, total: int) -> bool:
-        return done % self.every == 0 or (self.last and done == total)
+        """At each multiple of ``every`` and after the last step, but not twice where the two lie close together."""
+        if done == total:
+            return self.last or done % self.every == 0
+        return done % self.every == 0 and not (self.last and 2 * (total - done) < self.every)
 
 
 @dataclass
