@@ -48,7 +48,8 @@ class Plan:
     def lines(self) -> list[tuple[str, str]]:
         """(what, value) for people."""
         factors = f"{self.processes} x {self.micro_batch} x {self.accumulation}"
-        batch = f"{self.batch_size} = {factors} (processes x micro-batch x accumulation), {self.loss_batch} meet in one loss"
+        meet = f", {self.loss_batch} meet in one loss" if self.loss_batch > 1 else ""
+        batch = f"{self.batch_size} = {factors} (processes x micro-batch x accumulation){meet}"
         return [
             ("data", f"{self.samples:,} images, {self.lanes} lanes, {self.workers} loader processes each"),
             ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),

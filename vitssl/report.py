@@ -6,6 +6,7 @@ not imported here: tensors reach this file as numbers.
 
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -95,8 +96,8 @@ class Report:
             self._bar = None
 
     def rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows to ``name`` (a .jsonl file of the run)."""
-        if self.active and (lines := [json.dumps(row) for row in rows]):
+        """Append rows to ``name`` (a .jsonl file of the run); a number that is none is written as null, as JSON has it."""
+        if self.active and (lines := [json.dumps(_strict(row), allow_nan=False) for row in rows]):
             self._append(name, "\n".join(lines))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -119,9 +120,11 @@ class Report:
 
 def program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a program: what a user can fix is one line on stderr and exit code 2; anything else is ours and shows its trace."""
-    # Waiting threads of a parallel region sleep instead of spinning: beside loader processes on few cores a spinning thread
-    # holds the core its own team waits for, and a step takes up to nine times as long. OpenMP reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for their team spin for some microseconds, then sleep. libgomp's own default spins for long: beside
+    # loader processes on few cores a spinning thread holds the core its team waits for, and a step takes up to nine times as
+    # long; sleeping at once costs a third on small models. OpenMP reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     try:
         return main(argv) or 0
     except UserError as error:
@@ -144,6 +147,10 @@ def _refuse(message: str) -> int:
         time.sleep(PATIENCE)
     _tell("error" if not process else f"error in process {process}", message)
     return 2
+
+
+def _strict(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
 
 
 def _leave_bars() -> None:

@@ -70,6 +70,8 @@ def decay_rules(pattern: str = ".*", *, prefix: str = "", lr_scale: float = 1.0)
 class Task(nn.Module):
     """Everything that trains. The whole module is what the engine wraps; nothing is called past the wrapper."""
 
+    couples_samples: bool = False  # whether the loss compares samples, so that the batch that meets in it matters
+
     def forward(self, batch: Batch, clock: Clock, *, features: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, detached scalar metrics), each the mean over the batch's samples.
 

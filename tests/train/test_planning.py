@@ -118,7 +118,8 @@ def test_every_number_of_a_plan(small_mae: Callable):
         optim={"base_lr": 1e-3, "lr_rule": "linear/256", "warmup": "10%"},
         launch={"engine": "zero1"},
     )
-    plan = make_plan(settings, task, samples=1000, lanes=3, workers=2, couples_samples=True)
+    task.couples_samples = True
+    plan = make_plan(settings, task, samples=1000, lanes=3, workers=2)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     frozen = task.encoder.vit.pos_embed.numel()
     assert (plan.steps, plan.epochs, plan.samples) == (312, 9.984, 1000)

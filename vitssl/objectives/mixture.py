@@ -43,6 +43,7 @@ class Mixture(Task):
                 f"data.mean has {len(mean)} and data.std {len(std)} values for encoder.channels={encoder.spec.channels}; "
                 "give one of each per channel"
             )
+        self.couples_samples = any(objective.couples_samples for objective in objectives.values())
         self.encoder = encoder
         self.teacher = teacher
         self.objectives = nn.ModuleDict(objectives)

@@ -40,9 +40,7 @@ def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:
     return split_batch(config.batch_size, dist.world(), config.micro_batch, fits=fits)
 
 
-def make_plan(
-    config: ProgramConfig, task: Task, *, samples: int, lanes: int, workers: int, couples_samples: bool = False
-) -> Plan:
+def make_plan(config: ProgramConfig, task: Task, *, samples: int, lanes: int, workers: int) -> Plan:
     """Every derived number of the run. Raises ConfigError where the config cannot be run."""
     device = choose_device(config.launch)
     precision = choose_precision(config.launch, device)
@@ -60,7 +58,7 @@ def make_plan(
         processes=dist.world(),
         micro_batch=micro_batch,
         accumulation=accumulation,
-        loss_batch=micro_batch * dist.world() if couples_samples else 1,
+        loss_batch=micro_batch * dist.world() if task.couples_samples else 1,
         lr=lr,
         lr_rule=rule,
         warmup_steps=config.optim.warmup.steps(per_epoch=samples / config.batch_size, total=steps),
