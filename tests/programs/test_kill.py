@@ -207,7 +207,9 @@ def test_another_run_is_continued_under_a_new_name(pretrain: Callable, exported,
 
 def test_a_real_command_dies_of_a_real_kill(data: Path, tmp_path: Path, whole, pretrain: Callable) -> None:
     argv = ["tests/tiny.yaml", f"data.path={data}", "data.split=train", *LONG, f"run.dir={tmp_path}", "run.name=run"]
-    process = subprocess.Popen([sys.executable, "-m", "pretrain", *argv, "data.workers=1"], stdout=subprocess.DEVNULL)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as many threads as the run it is compared with: they order the sums
+    command = [sys.executable, "-m", "pretrain", *argv, "data.workers=1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env)
     wait_for(tmp_path / "run/checkpoints/step_00000012", process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
