@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field
 
 from vitssl.command import Command, help_text, parse
-from vitssl.config import Count, Section, Time, load
+from vitssl.config import Count, Every, Section, load
 from vitssl.report import show
 from vitssl.schedule import Duration
-from vitssl.sections import Fraction, ProgramConfig, Size, SourceConfig
+from vitssl.sections import Fraction, OptimConfig, ProgramConfig, Share, Size, SourceConfig
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "finetune" / "demo.yaml"
 FLAGS = {"--plan": "print every derived number and stop"}
@@ -33,8 +33,12 @@ class AugmentConfig(Section):
 
 
 class TestConfig(SourceConfig):
-    every: Time = Field(Duration(10, "%"), description="between two evaluations")
-    crop_pct: Fraction = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
+    every: Every = Field(Duration(10, "%"), description="between two evaluations")
+    crop_pct: Share = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
+
+
+class LayerwiseConfig(OptimConfig):
+    layer_decay: float | None = Field(None, gt=0, le=1, description="learning rate x this per block below the head; null: off")
 
 
 class FinetuneConfig(ProgramConfig):
@@ -49,6 +53,7 @@ class FinetuneConfig(ProgramConfig):
     labelled: Count | None = Field(
         None, description="how many labelled images to train on, class-balanced and seeded; null: all"
     )
+    optim: LayerwiseConfig = LayerwiseConfig()
     head: HeadConfig = HeadConfig()
     augment: AugmentConfig = AugmentConfig()
     test: TestConfig = TestConfig()

@@ -9,13 +9,13 @@ from vitssl import dist
 from vitssl.command import Command
 from vitssl.data.augment import erasing, mixer, rand_augment
 from vitssl.data.feed import evaluation_samples, open_configured, share
-from vitssl.data.sources import Source, take_labelled
+from vitssl.data.sources import Source, label_like, take_labelled
 from vitssl.errors import DataError
 from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.report import Report
 from vitssl.train.evaluate import evaluate
-from vitssl.train.export import encoder_like, fill_encoder, newest_export, write_export
+from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_facts, write_export
 from vitssl.train.folder import begun_with, run_folder
 from vitssl.train.loop import Event
 from vitssl.train.session import Session, begin_session, show_plan
@@ -25,15 +25,16 @@ from vitssl.views import View
 def run(config: FinetuneConfig, command: Command) -> int:
     """The program after its command line. Returns the exit code."""
     report = Report(None if command.flags else run_folder(config), active=dist.rank() == 0)
-    if config.encoder == "newest":
+    asked = config.encoder
+    if asked == "newest":
         begun = (begun_with(run_folder(config)) or {}).get("encoder")  # a run goes on with the one it began with
         config = config.model_copy(update={"encoder": begun or str(newest_export(config.run.dir))})
+    config = with_own_statistics(config)
     source = open_training(config, report)
-    labels = source.label_array()
-    num_classes = len(source.classes) if source.classes else int(labels.max()) + 1
+    classes = source.classes or tuple(map(str, range(int(source.label_array().max()) + 1)))
 
     def build() -> Classify:
-        return build_task(config, num_classes)
+        return build_task(config, len(classes))
 
     def open_data(report: Report) -> Source:
         return source
@@ -45,23 +46,31 @@ def run(config: FinetuneConfig, command: Command) -> int:
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
         return 0
-    images = open_test(config, num_classes)
+    images = label_like(open_configured(config.test, key="test"), source)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
+        if asked == "newest" and (newer := str(newest_export(config.run.dir))) != config.encoder:
+            report.say(f"it began from {config.encoder}; {newer} is newer: take another run.name for that")
         return 0
-    test = Evaluation(session, images, classes=source.classes or tuple(map(str, range(num_classes))))
+    test = Evaluation(session, images, classes=classes)
     spec = session.engine.task.encoder.spec
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
     policy = config.augment.rand_augment
     augment = rand_augment(policy, mean=config.data.mean, size=min(spec.image_size)) if policy else None
     reached = session.fit([view], channels=spec.channels, labels=True, augment=augment, events=[test.event()])
-    report.rest()
     if reached < session.plan.steps:
-        report.say(f"stopped at step {reached:,} of {session.plan.steps:,}, saved. To go on:  {command.typed('finetune')}")
+        session.tell_stopped(reached, command.typed("finetune", launched=dist.world() > 1))
     else:
         test.finish()
     session.engine.end()
     return 0
+
+
+def with_own_statistics(config: FinetuneConfig) -> FinetuneConfig:
+    """The config with the mean and deviation that the encoder was pretrained with, where it names none."""
+    facts, data = read_facts(Path(config.encoder)), config.data
+    own = {"mean": data.mean or tuple(facts["mean"]), "std": data.std or tuple(facts["std"])}
+    return config.model_copy(update={"data": data.model_copy(update=own)})
 
 
 def open_training(config: FinetuneConfig, report: Report) -> Source:
@@ -70,17 +79,6 @@ def open_training(config: FinetuneConfig, report: Report) -> Source:
     if source.label_array() is None:
         raise DataError(f"{source.name}: fine-tuning needs a label for every image (.cls members, or class folders)")
     return take_labelled(source, num=config.labelled, seed=config.seed) if config.labelled else source
-
-
-def open_test(config: FinetuneConfig, num_classes: int) -> Source:
-    """The labelled images to be judged on."""
-    source = open_configured(config.test, key="test")
-    labels = source.label_array()
-    if labels is None:
-        raise DataError(f"{source.name}: evaluation needs a label for every image (.cls members, or class folders)")
-    if labels.max() >= num_classes:
-        raise DataError(f"{source.name}: has label {labels.max()}, training has classes 0 to {num_classes - 1}")
-    return source
 
 
 def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
@@ -159,6 +157,7 @@ class Evaluation:
 
     def finish(self) -> None:
         """Say what was made, where it lies, and how good it is."""
+        self.session.report.rest()
         session, rows = self.session, self.rows()
         last, best = rows[-1], max(rows, key=lambda row: row["top1"])
         report = [

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from vitssl.command import Command, help_text, parse
-from vitssl.config import Count, Section, Time, load
+from vitssl.config import Count, Every, Section, load
 from vitssl.report import show
 from vitssl.schedule import Duration
-from vitssl.sections import EncoderConfig, Fraction, ProgramConfig, SourceConfig
+from vitssl.sections import DataConfig, EncoderConfig, Positive, ProgramConfig, Share, SourceConfig
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "pretrain" / "demo.yaml"
 FLAGS = {
@@ -19,8 +19,13 @@ FLAGS = {
 }
 
 
+class TrainingConfig(DataConfig):
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, in units of [0, 1]; ImageNet's")
+    std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="per channel, in units of [0, 1]; ImageNet's")
+
+
 class HeldoutConfig(SourceConfig):
-    every: Time = Field(Duration(10, "%"), description="between two measurements of the loss, masks fixed")
+    every: Every = Field(Duration(10, "%"), description="between two measurements of the loss, masks fixed")
     samples: Count = Field(512, description="images measured")
     pictures: int = Field(8, ge=0, description="of them, reconstructed for the eye each time")
 
@@ -32,8 +37,8 @@ class ProbeConfig(Section):
     queries: SourceConfig = SourceConfig()
     bank_samples: Count = Field(10_000, description="of the bank, at most")
     queries_samples: Count = Field(2_000, description="of the queries, at most")
-    crop_pct: Fraction = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
-    every: Time = Field(Duration(20, "%"), description="between two probes")
+    crop_pct: Share = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
+    every: Every = Field(Duration(20, "%"), description="between two probes")
     k: Count = Field(20, description="neighbours that vote")
     temperature: float = Field(0.07, gt=0, description="of the vote's weights exp(cosine / T)")
 
@@ -41,6 +46,7 @@ class ProbeConfig(Section):
 class PretrainConfig(ProgramConfig):
     """Everything ``python -m pretrain`` can be told."""
 
+    data: TrainingConfig = Field(TrainingConfig(), description="what is trained on")
     encoder: EncoderConfig = EncoderConfig()
     objectives: dict[str, dict[str, Any]] = Field({"mae": {}}, description="methods by name, each with its own settings")
     pooling: Literal["mean", "class"] = Field("mean", description="of the tokens, for probes and in encoder.json")

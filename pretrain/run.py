@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pretrain.config import PretrainConfig
-from pretrain.watch import watch
+from pretrain.watch import Watched, watch
 from vitssl import dist, objectives
 from vitssl.command import Command
 from vitssl.data.feed import open_configured
@@ -28,8 +28,12 @@ def run(config: PretrainConfig, command: Command) -> int:
     def build() -> Mixture:
         return build_task(config)
 
+    watched: list[Watched] = []
+
     def open_data(report: Report) -> Source:
-        return open_configured(config.data, key="data", progress=report.waiting("preparing data"))
+        source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
+        watched.append(Watched.open(config))
+        return source
 
     def fill(task: Mixture) -> None:
         if config.weights:
@@ -41,11 +45,10 @@ def run(config: PretrainConfig, command: Command) -> int:
         show_plan(config, build, open_data, report)
     elif session := begin_session(config, build, open_data, report, fill=fill):
         # the export comes before the last checkpoint: whatever kills the run, one that counts as finished has its export
-        events = [*watch(session), Event(every=session.plan.steps, act=lambda step: export(session))]
+        events = [*watch(session, *watched), Event(every=session.plan.steps, act=lambda step: export(session))]
         reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=events)
         if reached < session.plan.steps:
-            report.rest()
-            report.say(f"stopped at step {reached:,} of {session.plan.steps:,}, saved. To go on:  {command.typed('pretrain')}")
+            session.tell_stopped(reached, command.typed("pretrain", launched=dist.world() > 1))
         else:
             finish(session)
         session.engine.end()

@@ -1,11 +1,15 @@
 """What is watched during pretraining: the loss on images held out, their reconstructions, and a probe of the features."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from pretrain.config import PretrainConfig
 from vitssl import dist
 from vitssl.data.feed import evaluation_samples, open_configured, share
 from vitssl.data.loader import Samples
+from vitssl.data.sources import Source, label_like
 from vitssl.inspect.pictures import save_sheet, sheet
 from vitssl.probes.knn import knn_accuracy
 from vitssl.probes.linear import ridge_accuracy
@@ -17,28 +21,48 @@ from vitssl.train.session import Session
 from vitssl.views import View
 
 
-def watch(session: Session) -> list[Event]:
+@dataclass(frozen=True)
+class Watched:
+    """The images that are looked at on the way: held out, and a probe's bank and queries; None where none are named."""
+
+    heldout: Source | None
+    bank: Source | None
+    queries: Source | None
+
+    @classmethod
+    def open(cls, config: PretrainConfig) -> "Watched":
+        """Before anything is written. Raises ConfigError and DataError: missing, unlabelled, or of other classes."""
+        heldout = open_configured(config.heldout, key="heldout") if config.heldout.path is not None else None
+        if config.probe.bank.path is None and config.probe.queries.path is None:
+            return cls(heldout, None, None)
+        bank = open_configured(config.probe.bank, key="probe.bank")
+        return cls(heldout, bank, label_like(open_configured(config.probe.queries, key="probe.queries"), bank))
+
+
+def watch(session: Session, watched: Watched) -> list[Event]:
     """The events of a run: held-out loss and pictures, and a probe where labelled images are named for one."""
-    events = [heldout(session)]
-    if session.config.probe.bank.path is not None:
-        probe = Probe(session)
+    events = [heldout(session, watched.heldout)]
+    if watched.bank is not None:
+        probe = Probe(session, watched)
         if session.start == 0:
             probe.baselines()
         events.append(probe.event())
     return events
 
 
-def heldout(session: Session) -> Event:
+def heldout(session: Session, source: Source | None) -> Event:
     """The loss of the same images under the same crops and masks, and pictures of the first of them.
 
     Where the config names no held-out images, training images stand in, and the numbers are called ``fixed_train``.
     """
     config, engine, report = session.config, session.engine, session.report
-    own = config.heldout.path is not None
-    name = "heldout" if own else "fixed_train"
-    source = open_configured(config.heldout, key="heldout") if own else session.source
+    name = "fixed_train" if source is None else "heldout"
     samples = evaluation_samples(
-        source, engine.task.views, seed=config.seed, channels=config.encoder.channels, limit=config.heldout.samples
+        source or session.source,
+        engine.task.views,
+        seed=config.seed,
+        channels=config.encoder.channels,
+        limit=config.heldout.samples,
     )
 
     def act(step: int) -> None:
@@ -59,11 +83,13 @@ def heldout(session: Session) -> Event:
 class Probe:
     """Frozen features of labelled images: a bank that votes (kNN) or fits (ridge), and queries that are judged."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, watched: Watched) -> None:
         self.session, config = session, session.config
         spec = session.engine.task.encoder.spec
         self.view = View(size=spec.image_size, resize=round(min(spec.image_size) / config.probe.crop_pct))
-        self.bank, self.queries = self._open("bank"), self._open("queries")
+        samples = {"channels": spec.channels, "labels": True}
+        self.bank = evaluation_samples(watched.bank, [self.view], limit=config.probe.bank_samples, **samples)
+        self.queries = evaluation_samples(watched.queries, [self.view], limit=config.probe.queries_samples, **samples)
 
     def event(self) -> Event:
         """The probe as something the loop does."""
@@ -93,13 +119,6 @@ class Probe:
             f"step {step:,}  {what}: kNN-{config.k} {values[f'{name}knn']:.1%}, ridge {values[f'{name}ridge']:.1%}"
             f" ({len(self.bank):,} labelled images judge {len(self.queries):,})"
         )
-
-    def _open(self, part: str) -> Samples:
-        config = self.session.config.probe
-        source = open_configured(getattr(config, part), key=f"probe.{part}")
-        channels = self.session.engine.task.encoder.spec.channels
-        limit = getattr(config, f"{part}_samples")
-        return evaluation_samples(source, [self.view], channels=channels, labels=True, limit=limit)
 
     def _pixels(self, samples: Samples) -> tuple[Tensor, Tensor]:
         rows = [(batch.views[self.view].flatten(1).float(), batch.labels, batch.positions) for batch in share(samples)]

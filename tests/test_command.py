@@ -63,11 +63,13 @@ def test_what_was_typed_can_be_typed_again():
 )
 def test_help_names_every_key_with_default_and_meaning(program: str, config: type, flags: dict[str, str]):
     lines = help_text(program, "What it does.", config, flags).splitlines()
+    text = " ".join(" ".join(lines).split())
     assert lines[0].startswith(f"usage: python -m {program} ") and "What it does." in lines
     for flag, meaning in flags.items():
         assert any(line.split(maxsplit=flag.count(" ") + 1)[-1] == meaning for line in lines if line.startswith(f"  {flag}"))
     for key, default, meaning in describe(config):
-        assert [line for line in lines if line.startswith(f"  {key}={default}") and line.endswith(meaning)], key
+        assert f" {key}={default} {meaning}".rstrip() in text, key
+    assert all(len(line) <= 80 for line in lines[1:])
 
 
 @pytest.mark.parametrize("module", [pretrain.config, finetune.config])

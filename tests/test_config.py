@@ -122,6 +122,7 @@ REFUSED = [  # overrides of an Outer, what the message says
     (["name={a: 1, a: 2}"], r":1: key 'a' stands twice; keep one"),
     (["name={[a]: 1}"], r":1: a key is one word, not a list or a table"),
     (["a\nb=1"], r"'a\\nb': unknown key"),
+    (["name=a", "count=2", "name=b"], r"name is given twice on the command line \(name=a and name=b\); give it once"),
     (["name"], r"'name' is not an override; write key.path=value"),
     (["inner..rate=1"], r"'inner..rate=1' is not an override"),
     (["nmae=a", "inner.rate=x"], r"\(and 1 more\)"),
@@ -131,7 +132,7 @@ REFUSED = [  # overrides of an Outer, what the message says
 @pytest.mark.parametrize("overrides, message", REFUSED, ids=lambda value: str(value)[:30])
 def test_refused_overrides(overrides: list[str], message: str):
     with pytest.raises(ConfigError, match=message) as error:
-        load(Outer, None, ["needed=1", *overrides])
+        load(Outer, None, [*({"needed=1"} - {text.replace("null", "1") for text in overrides}), *overrides])
     assert "\n" not in str(error.value)
 
 
@@ -204,7 +205,7 @@ def test_what_is_dumped_loads_again(tmp_path_factory: pytest.TempPathFactory, co
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_programs_configs_round_trip(program: type[ProgramConfig], tmp_path: Path):
-    config = load(program, None, ["run.name=1.5", "run.name='1e4'", "optim.base_lr=3e-7", "length=33.3333333ep", "seed=3"])
+    config = load(program, None, ["run.name='1e4'", "optim.base_lr=3e-7", "length=33.3333333ep", "seed=3"])
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(program, tmp_path / "config.yaml") == config
 
@@ -241,7 +242,7 @@ def test_difference_shows_every_leaf_and_ignores_what_it_is_told():
 def test_sections_refuse_what_the_optimiser_cannot_do():
     for values, message in [
         ({"lr_rule": "linear/0"}, "lr_rule='linear/0': is not a rule; write linear/256"),
-        ({"layer_decay": 1.5}, "layer_decay=1.5: input should be less than or equal to 1"),
+        ({"betas": [0.9, 1.0]}, "betas.1=1.0: input should be less than 1"),
         ({"betas": [0.9]}, "betas.1: has no value and needs one"),
     ]:
         with pytest.raises(ConfigError) as error:

@@ -17,6 +17,7 @@ PLAN = Plan(
     steps=12_500,
     epochs=300.0,
     samples=50_000,
+    ignored=0,
     batch_size=1200,
     processes=4,
     micro_batch=100,

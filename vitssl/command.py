@@ -1,12 +1,15 @@
 """The command line of both programs: ``[CONFIG] [key.path=value ...] [--plan] [--help]``. No torch is imported here."""
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitssl.config import Section, describe
 from vitssl.errors import ConfigError
+
+COLUMNS, INDENT = 80, 36  # of the help: a terminal's width, and where meanings begin
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,10 @@ class Command:
     overrides: tuple[str, ...]
     flags: Mapping[str, str]
 
-    def typed(self, program: str) -> str:
-        """What was typed, to be typed again."""
-        return " ".join(
-            [f"python -m {program}", *map(shlex.quote, [*([str(self.config)] if self.config else []), *self.overrides])]
-        )
+    def typed(self, program: str, *, launched: bool = False) -> str:
+        """What was typed, to be typed again; what a launcher was told stands before it and is not known here."""
+        words = map(shlex.quote, [*([str(self.config)] if self.config else []), *self.overrides])
+        return " ".join([f"{'...' if launched else 'python'} -m {program}", *words])
 
 
 def parse(argv: Sequence[str], *, flags: Mapping[str, Sequence[str]]) -> Command:
@@ -51,7 +53,6 @@ def parse(argv: Sequence[str], *, flags: Mapping[str, Sequence[str]]) -> Command
 def help_text(program: str, summary: str, model: type[Section], flags: Mapping[str, str]) -> str:
     """Usage, flags, and every key of the config with its default and meaning."""
     rows = describe(model)
-    width = max(len(key) + len(default) for key, default, _ in rows if len(default) < 24) + 3
     lines = [
         f"usage: python -m {program} [CONFIG.yaml] [key.path=value ...] {' '.join(f'[{flag}]' for flag in flags)}",
         "",
@@ -60,5 +61,9 @@ def help_text(program: str, summary: str, model: type[Section], flags: Mapping[s
     ]
     lines += [f"  {flag:<16} {meaning}" for flag, meaning in {"--help": "this text", **flags}.items()]
     lines += ["", "settings (key=default):"]
-    lines += [f"  {key + '=' + default:<{width}} {meaning}".rstrip() for key, default, meaning in rows]
+    for key, default, meaning in rows:
+        setting, words = f"  {key}={default}", textwrap.wrap(meaning, COLUMNS - INDENT, break_on_hyphens=False)
+        if len(setting) < INDENT and words:
+            setting = f"{setting:<{INDENT}}{words.pop(0)}"
+        lines += [setting, *(" " * INDENT + line for line in words)]
     return "\n".join(lines)

@@ -44,8 +44,16 @@ def _positive(value: float) -> float:
     return value
 
 
+def _longer_than_nothing(value: Duration) -> Duration:
+    if not value.value:
+        raise ValueError("must be longer than 0")
+    return value
+
+
 Time = Annotated[Duration, BeforeValidator(_read_duration), PlainSerializer(str)]
 """A duration in a config: ``300ep``, ``5%`` or ``12_500``."""
+Every = Annotated[Time, AfterValidator(_longer_than_nothing)]
+"""A duration between two of something."""
 Count = Annotated[int, BeforeValidator(_not_bool), AfterValidator(_positive)]
 """A whole number of things, at least 1."""
 
@@ -53,17 +61,28 @@ Count = Annotated[int, BeforeValidator(_not_bool), AfterValidator(_positive)]
 def load(model: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     """Read ``path`` with its bases, apply ``key.path=value`` overrides and validate. Raises ConfigError, one line each."""
     values = _read(path, ()) if path is not None else {}
+    typed: dict[str, str] = {}
     for text in overrides:
+        key = text.partition("=")[0]
+        if key in typed:
+            raise ConfigError(
+                f"{key} is given twice on the command line ({typed[key]} and {text}); give it once, and quote patterns that the"
+                " shell would expand"
+            )
+        typed[key] = text
         values = _merge(values, _override(text))
-    return build(model, values, where=str(path) if path else "the command line")
+    return build(model, values, where=str(path) if path else "the command line", typed=tuple(typed))
 
 
-def build(model: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """Validate plain values as a ``model``. Raises ConfigError naming the full key, the value, what is allowed."""
+def build(model: type[T], values: Mapping[str, Any], *, where: str, typed: Sequence[str] = ()) -> T:
+    """Validate plain values as a ``model``. Raises ConfigError naming the full key, the value, what is allowed.
+
+    ``where`` the values stand, for messages, but for the keys ``typed`` on the command line.
+    """
     try:
         return model.model_validate(_without_removed(values))
     except ValidationError as error:
-        raise ConfigError(_explain(model, error, where)) from None
+        raise ConfigError(_explain(model, error, where, typed)) from None
 
 
 def dump(config: Section) -> str:
@@ -73,7 +92,7 @@ def dump(config: Section) -> str:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: Sequence[str] = ()) -> list[str]:
     """``key: old -> new`` for every leaf that differs, but for keys that start with one of ``ignore``."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     keys = [key for key in {**before, **after} if not any(key == name or key.startswith(name + ".") for name in ignore)]
     absent = "(absent)"
     return [
@@ -81,6 +100,13 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, ignore: Sequen
         for key in keys
         if before.get(key, absent) != after.get(key, absent)
     ]
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one table of full keys: {"run": {"name": "a"}} -> {"run.name": "a"}."""
+    if not isinstance(values, Mapping) or not values:
+        return {prefix.rstrip("."): values}
+    return {key: leaf for name, value in values.items() for key, leaf in flat(value, f"{prefix}{name}.").items()}
 
 
 def describe(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
@@ -188,12 +214,6 @@ def _without_removed(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, Mapping) or not values:
-        return {prefix.rstrip("."): values}
-    return {key: leaf for name, value in values.items() for key, leaf in _flat(value, f"{prefix}{name}.").items()}
-
-
 def _section_of(annotation: Any) -> type[Section] | None:
     """The section inside an annotation such as ``Section``, ``Section | None``, if there is one."""
     for candidate in (annotation, *get_args(annotation)):
@@ -202,12 +222,14 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _explain(model: type[Section], error: ValidationError, where: str) -> str:
+def _explain(model: type[Section], error: ValidationError, where: str, typed: Sequence[str]) -> str:
     failures = error.errors(include_url=False)
     places = [_place(model, failure["loc"]) for failure in failures]
     first, path = failures[0], places[0]
     key, more = _shown(".".join(path)), len({tuple(place) for place in places}) - 1
     alike = sum(place[: len(path)] == path for place in places)
+    if any(f"{'.'.join(path)}.".startswith(f"{name}.") for name in typed):
+        where = "the command line"
     tail = f" (in {where})" + (f" (and {more} more)" if more and alike == 1 else "")
     if first["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(model, path)}{tail}"

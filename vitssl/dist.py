@@ -65,6 +65,15 @@ class Agreement:
         return tuple(answer)
 
 
+def first_said(text: str | None) -> str | None:
+    """Of the texts of all processes, that of the first which has one; on each of them."""
+    if not _started() or world() == 1:
+        return text
+    said: list[str | None] = [None] * world()
+    td.all_gather_object(said, text)
+    return next((each for each in said if each), None)
+
+
 def barrier() -> None:
     """Wait for every process."""
     if _started() and world() > 1:

@@ -15,7 +15,8 @@ _MIX_B = 0x94D049BB133111EB - (1 << 64)
 def hashed(seed: int, purpose: int, positions: Tensor, num: int) -> Tensor:
     """[B] int64 positions -> [B, num] int64 hashes, uniform over all 64 bits."""
     counter = torch.arange(num, device=positions.device, dtype=torch.int64)
-    key = _mix(_mix(torch.tensor(_wrap(seed * 0x9E3779B97F4A7C15 + purpose), device=positions.device)) ^ positions)
+    start = int(_mix(torch.tensor(_wrap(seed * 0x9E3779B97F4A7C15 + purpose))))  # a number, not a tensor to copy to the device
+    key = _mix(positions ^ start)
     return _mix(_mix(key[:, None] + (counter + 1) * _GOLDEN) ^ key[:, None])
 
 

@@ -18,6 +18,7 @@ class Plan:
     steps: int
     epochs: float
     samples: int
+    ignored: int  # files or members of the data that are no images
     batch_size: int
     processes: int
     micro_batch: int
@@ -49,12 +50,14 @@ class Plan:
         """(what, value) for people."""
         factors = f"{self.processes} x {self.micro_batch} x {self.accumulation}"
         meet = f", {self.loss_batch} meet in one loss" if self.loss_batch > 1 else ""
+        ignored = f" ({self.ignored:,} other files ignored)" if self.ignored else ""
         batch = f"{self.batch_size} = {factors} (processes x micro-batch x accumulation){meet}"
+        then = "then half cosine" if self.warmup_steps < self.steps else "longer than the run: this rate is never reached"
         return [
-            ("data", f"{self.samples:,} images, {self.lanes} lanes, {self.workers} loader processes each"),
+            ("data", f"{self.samples:,} images{ignored}, {self.lanes} lanes, {self.workers} loader processes each"),
             ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),
             ("batch", batch),
-            ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, then half cosine"),
+            ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, {then}"),
             ("engine", f"{self.engine}, {self.precision}, {self.device}"),
             *((f"rule {rule}", f"{count:,} parameters") for rule, count in self.parameters.items()),
             ("memory", ", ".join(f"{part} {_bytes(size)}" for part, size in self.memory.items()) + " per process"),

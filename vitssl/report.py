@@ -133,6 +133,8 @@ def program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or "the run's folder"
             return _refuse(f"no space left on the device while writing {where}; free some and run the same command to go on")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and error.filename:
+            return _refuse(f"{error.filename}: {error.strerror}; name a path that can be used, or mend its permissions")
         raise
     except KeyboardInterrupt:
         _tell("interrupted", "the same command goes on from the last checkpoint, if one was written")

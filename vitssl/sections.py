@@ -4,12 +4,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt
 
-from vitssl.config import Count, Section, Time
+from vitssl.config import Count, Every, Section, Time
 from vitssl.schedule import Duration
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+"""A part of a whole that is not nothing."""
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
 Size = Count | tuple[Count, Count]
 
 
@@ -19,8 +23,15 @@ def _lr_rule(value: str) -> str:
     return value
 
 
+def _folder_name(value: Any) -> str:
+    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else value  # run.name=2026
+    if not isinstance(name, str) or not name or name in (".", "..") or re.search(r"[/\\\0]", name):
+        raise ValueError("is the name of one folder, without / or \\; quote what YAML would read as a number")
+    return name
+
+
 class RunConfig(Section):
-    name: str = Field("run", description="folder of the run, below run.dir", pattern=r"^[^/\\]+$")
+    name: Annotated[str, BeforeValidator(_folder_name)] = Field("run", description="folder of the run, below run.dir")
     dir: Path = Field(Path("runs"), description="where runs are kept")
 
 
@@ -48,8 +59,8 @@ class DataConfig(SourceConfig):
     workers: NonNegativeInt | None = Field(None, description="loader processes per training process; null: by spare cores")
     lanes: Count | None = Field(None, description="cuts through the epoch that a batch draws from; null: by size")
     window: Count = Field(1024, description="samples of a lane that are shuffled together")
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, in units of [0, 1]")
-    std: tuple[float, ...] = Field((0.229, 0.224, 0.225), description="per channel, in units of [0, 1]")
+    mean: tuple[float, ...] | None = Field(None, description="per channel, in units of [0, 1]; null: the encoder's own")
+    std: tuple[Positive, ...] | None = Field(None, description="per channel, in units of [0, 1]; null: the encoder's own")
 
 
 class OptimConfig(Section):
@@ -60,10 +71,9 @@ class OptimConfig(Section):
     final_lr: float = Field(0.0, ge=0, description="absolute learning rate at the end of the half cosine")
     warmup: Time = Field(Duration(5, "%"), description="linear warm-up from 0, as 40ep, 5% or steps")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled decay, constant")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moments")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip: float | None = Field(None, gt=0, description="largest global gradient norm; null: none")
-    layer_decay: float | None = Field(None, gt=0, le=1, description="learning rate x this per block below the head; null: off")
 
 
 class LaunchConfig(Section):
@@ -80,10 +90,10 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Time | None = Field(Duration(5, "%"), description="steps, epochs or share of the run between two checkpoints")
-    minutes: float | None = Field(10.0, gt=0, description="minutes between two checkpoints")
+    every: Every | None = Field(Duration(5, "%"), description="steps, epochs or share of the run between two; null: off")
+    minutes: float | None = Field(10.0, gt=0, description="minutes between two checkpoints; null: off")
     keep_last: Count = Field(2, description="newest checkpoints kept")
-    keep_every: Time | None = Field(None, description="a checkpoint at each multiple of this is kept for good")
+    keep_every: Every | None = Field(None, description="the first at or after each multiple of this is kept for good")
 
 
 class InitConfig(Section):
@@ -94,7 +104,7 @@ class ProgramConfig(Section):
     """What pretrain and finetune have in common. Their own configs add their method and their evaluation."""
 
     run: RunConfig = RunConfig()
-    seed: NonNegativeInt = Field(0, description="of order, crops, masks, initialisation and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of order, crops, masks, initialisation and dropout")
     data: DataConfig = Field(DataConfig(), description="what is trained on")
     batch_size: Count = Field(256, description="GLOBAL batch: images per optimiser step over all processes")
     micro_batch: Count | None = Field(None, description="images per process and forward; null: what fits")
@@ -106,5 +116,5 @@ class ProgramConfig(Section):
     init: InitConfig = InitConfig()
 
 
-CHANGEABLE = ("length", "launch", "log", "checkpoint", "run", "micro_batch", "data.workers", "probe", "heldout", "init")
+CHANGEABLE = ("length", "launch", "log", "checkpoint", "run", "micro_batch", "data.workers", "probe", "heldout", "test", "init")
 """Keys that may differ between a run and its continuation: they change no sample, no draw and no update rule."""

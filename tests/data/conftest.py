@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitssl.data.sources import Source, open_source
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -65,3 +67,33 @@ def shards(tmp_path: Path, write_tar: Callable, encoded: Callable, label_of: Cal
         write_tar(folder / f"train-{shard:03d}.tar", members)
         number += count
     return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path, encoded: Callable) -> Path:
+    """A nested folder of 6 images in two classes, a hidden one and two other files."""
+    files = {"cat/1.png": 1, "cat/deep/2.jpg": 2, "dog/3.PNG": 3, "dog/10.webp": 4, "dog/9.bmp": 5, "dog/z.tiff": 6}
+    for name, number in files.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number, format={"jpg": "JPEG"}.get(name[-3:], "PNG")))
+    for other in ("notes.txt", "dog/README", ".thumbs.png", ".git/x.png"):
+        path = tmp_path / "photos" / other
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def classes(tmp_path: Path, encoded: Callable) -> Callable[..., Source]:
+    """``classes(*names)``: a folder of two images in each class."""
+
+    def make(*names: str) -> Source:
+        root = tmp_path / "-".join(names)
+        for number, name in enumerate(names):
+            (root / name).mkdir(parents=True)
+            for copy in range(2):
+                (root / name / f"{copy}.png").write_bytes(encoded(2 * number + copy))
+        return open_source(root)
+
+    return make

@@ -1,6 +1,7 @@
 """Every source keeps one contract; what is missing or not understood is named with what was found."""
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,23 +10,8 @@ import pytest
 from PIL import Image
 
 from vitssl.data import sources
-from vitssl.data.sources import FolderSource, ShardSource, Source, Subset, find_shards, open_source, take_labelled
+from vitssl.data.sources import FolderSource, ShardSource, Source, Subset, find_shards, label_like, open_source
 from vitssl.errors import ConfigError, DataError
-
-
-@pytest.fixture
-def photos(tmp_path: Path, encoded: Callable) -> Path:
-    """A nested folder of 6 images in two classes, a hidden one and two other files."""
-    files = {"cat/1.png": 1, "cat/deep/2.jpg": 2, "dog/3.PNG": 3, "dog/10.webp": 4, "dog/9.bmp": 5, "dog/z.tiff": 6}
-    for name, number in files.items():
-        path = tmp_path / "photos" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(number, format={"jpg": "JPEG"}.get(name[-3:], "PNG")))
-    for other in ("notes.txt", "dog/README", ".thumbs.png", ".git/x.png"):
-        path = tmp_path / "photos" / other
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x")
-    return tmp_path / "photos"
 
 
 def check_contract(source: Source) -> None:
@@ -46,13 +32,48 @@ def check_contract(source: Source) -> None:
     assert pickle.loads(packed).read(some) == source.read(some)
 
 
-@pytest.mark.parametrize("kind", ["shards", "folder", "subset"])
-def test_contract(kind: str, shards: Path, photos: Path) -> None:
-    if kind == "folder":
-        check_contract(open_source(photos))
-    else:
-        source = open_source(shards)
-        check_contract(source if kind == "shards" else Subset(source, [99, 3, 40, 41]))
+@pytest.mark.parametrize("kind", ["shards", "folder", "subset", "renumbered"])
+def test_contract(kind: str, shards: Path, photos: Path, classes: Callable) -> None:
+    source = {
+        "folder": lambda: open_source(photos),
+        "shards": lambda: open_source(shards),
+        "subset": lambda: Subset(open_source(shards), [99, 3, 40, 41]),
+        "renumbered": lambda: label_like(classes("b", "d"), classes("a", "b", "c", "d")),
+    }[kind]()
+    check_contract(source)
+    assert source.ignored == (2 if kind == "folder" else 0)
+
+
+def test_a_fingerprint_is_of_the_samples_and_their_order(shards: Path, photos: Path, tmp_path: Path, encoded: Callable) -> None:
+    source, again = open_source(shards), open_source(shards)
+    shutil.copytree(shards, tmp_path / "moved")
+    assert source.fingerprint == again.fingerprint == open_source(tmp_path / "moved").fingerprint
+    names = sorted(map(str, shards.glob("*.tar")))
+    others = [
+        open_source(names[:-1]),
+        open_source(names[::-1]),
+        Subset(source, [1, 2]),
+        Subset(source, [2, 1]),
+        open_source(photos),
+    ]
+    (photos / "cat/5.png").write_bytes(encoded(5))
+    others.append(open_source(photos))
+    assert len({source.fingerprint, *(other.fingerprint for other in others)}) == 7
+
+
+def test_tars_beside_images_are_not_guessed_about(photos: Path, write_tar: Callable, encoded: Callable) -> None:
+    write_tar(photos / "backup.tar", {"0.png": encoded(0)})
+    with pytest.raises(ConfigError, match=r"photos: holds tar shards and images; say which are meant with kind=shards or kind"):
+        open_source(photos)
+    assert open_source(photos, kind="folder").num_samples == 6 and open_source(photos, kind="shards").num_samples == 1
+
+
+def test_home_and_sidecars(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    num = open_source(shards).num_samples
+    assert open_source("~/shards").num_samples == num == open_source(["~/shards/*.tar"]).num_samples
+    assert list((tmp_path / "shards").glob("*.index"))
+    assert open_source("~/shards/*").num_samples == num  # the sidecars match too, and are none
 
 
 def test_shards_give_the_bytes_and_labels_that_were_written(shards: Path, encoded: Callable, label_of: Callable) -> None:
@@ -96,7 +117,7 @@ def test_a_path_that_exists_is_no_pattern(tmp_path: Path, write_tar: Callable, e
 
 MISSING = {
     "a range": ("{}/train-{{000..004}}.tar", r"2 of 5 shards are missing, the first is .*train-003\.tar; .* holds 3 tars, "),
-    "a glob": ("{}/test-*.tar", r"tar: nothing is there; .* holds 3 tars, train-000\.tar to train-002\.tar: correct data.path"),
+    "a glob": ("{}/test-*.tar", r"tar: nothing is there; .* holds 3 tars, train-000\.tar to train-002\.tar: correct the path"),
     "a file": ("{}/x.tar", r"x\.tar: nothing is there"),
     "a folder": ("{}/none/x-{{0..1}}.tar", r"2 of 2 shards are missing, the first is .*; .*none is not a folder"),
     "a list": (["{}/train-000.tar", "{}/no.tar"], r"no\.tar: nothing is there"),
@@ -122,7 +143,7 @@ def test_urls_and_pipes_are_refused(url: str) -> None:
 def test_patterns_that_do_not_expand(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"braces do not match"):
         open_source(str(tmp_path / "s-{000..0"))
-    with pytest.raises(ConfigError, match=r"empty list"):
+    with pytest.raises(ConfigError, match=r"is empty"):
         open_source([])
     (tmp_path / "a.txt").write_bytes(b"")
     with pytest.raises(DataError, match=r"holds no tar shards \(holds 1 files and no tar\)"):
@@ -164,7 +185,7 @@ def test_folder_errors(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "empty" / "a.txt").write_bytes(b"")
     with pytest.raises(DataError, match=r"holds no image \(1 other files\); images end in \.jpg, "):
         open_source(tmp_path / "empty")
-    with pytest.raises(DataError, match=r"is not a folder; correct data.path"):
+    with pytest.raises(DataError, match=r"is not a folder; correct the path"):
         open_source(tmp_path / "none", kind="folder")
     source = FolderSource(photos)
     (photos / "cat" / "1.png").unlink()
@@ -195,39 +216,12 @@ def test_demo_is_rendered_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_source([str(shards)], kind="demo")
 
 
-def test_few_labels_are_balanced_seeded_and_nested(shards: Path) -> None:
-    source = ShardSource(str(shards))
-    counts = np.bincount(source.label_array())
-    assert counts.tolist() == [10, 20, 30, 40]
-    chosen = take_labelled(source, num=20, seed=0)
-    assert np.bincount(chosen.label_array()).tolist() == [5, 5, 5, 5]
-    assert (np.diff(chosen.ids) > 0).all()
-    assert np.array_equal(chosen.ids, take_labelled(source, num=20, seed=0).ids)
-    assert not np.array_equal(chosen.ids, take_labelled(source, num=20, seed=1).ids)
-    assert set(chosen.ids) < set(take_labelled(source, num=23, seed=0).ids)
-    assert sorted(np.bincount(take_labelled(source, num=23, seed=0).label_array()).tolist()) == [5, 6, 6, 6]
-    sixty = np.bincount(take_labelled(source, num=60, seed=0).label_array()).tolist()  # the first class has only ten
-    assert sixty[0] == 10 and sorted(sixty) == [10, 16, 17, 17]
-    assert np.bincount(take_labelled(source, num=100, seed=0).label_array()).tolist() == [10, 20, 30, 40]
-
-
-def test_few_labels_need_labels_and_samples(shards: Path, write_tar: Callable, encoded: Callable) -> None:
-    source = ShardSource(str(shards))
-    for num in (0, 101):
-        with pytest.raises(DataError, match=r"cannot choose [\d,]+ of 100 labelled samples; ask for 1 to 100"):
-            take_labelled(source, num=num, seed=0)
-    write_tar(shards / "train-003.tar", {"a.png": encoded(0), "b.png": encoded(1)})
-    partly = ShardSource(str(shards))
-    assert not partly.labels and partly.label_array() is None and partly.read([100])[0].label is None
-    with pytest.raises(DataError, match=r"2 of 102 samples have no label; name a labelled set"):
-        take_labelled(partly, num=10, seed=0)
-    with pytest.raises(DataError, match=r"no sample was chosen of 100"):
-        Subset(source, [])
-
-
 def test_class_names_come_from_about_json(shards: Path) -> None:
     assert ShardSource(str(shards)).classes is None
     (shards / "about.json").write_text('{"classes": ["a", "b", "c", "d"]}')
     assert ShardSource(str(shards)).classes == ("a", "b", "c", "d")
     (shards / "about.json").write_text("[1")
     assert ShardSource(str(shards)).classes is None
+    (shards / "about.json").write_text('{"classes": ["a", "b"]}')
+    with pytest.raises(DataError, match=r"about.json: names 2 classes, and there is a label 3; correct it or remove it"):
+        ShardSource(str(shards))

@@ -1,8 +1,6 @@
 """Decoding any mode, crops with torchvision's distribution, and randomness that belongs to the sample alone."""
 
 import io
-import pickle
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +14,8 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from vitssl.data import transforms
-from vitssl.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize, rand_augment
 from vitssl.data.sources import Raw
-from vitssl.data.transforms import crop_box, decode, draw_numbers, show
+from vitssl.data.transforms import NUM_DRAWS, crop_box, decode, draw_numbers, show
 from vitssl.errors import ConfigError, DataError
 from vitssl.views import View
 
@@ -236,51 +233,12 @@ def test_numbers_belong_to_the_position_and_the_view() -> None:
         assert not np.isin(different, together).any()
 
 
-def test_normalize() -> None:
-    images = torch.arange(256, dtype=torch.uint8).repeat(3)[: 2 * 3 * 8 * 16].reshape(2, 3, 8, 16)
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    expected = tv.functional.normalize(images.double() / 255, mean.double(), std.double())
-    result = normalize(images, mean, std)
-    assert result.dtype == torch.float32 and images.dtype == torch.uint8
-    assert torch.allclose(result.double(), expected, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
-
-
-def test_rand_augment_is_a_function_of_its_seed_and_leaves_global_generators_alone(picture: Image.Image) -> None:
-    augment = rand_augment("rand-m9-mstd0.5-inc1", size=24)
-    random.seed(1)
-    np.random.seed(1)
-    expected = random.random(), np.random.rand()
-    random.seed(1)
-    np.random.seed(1)
-    results = [np.asarray(augment(picture, seed)).tobytes() for seed in range(12)]
-    assert (random.random(), np.random.rand()) == expected
-    assert len(set(results)) > 8
-    again = pickle.loads(pickle.dumps(augment))
-    assert [np.asarray(again(picture, seed)).tobytes() for seed in range(12)] == results
-
-
-def test_rand_augment_reaches_the_view_after_its_flip(picture: Image.Image) -> None:
-    view = View((24, 24), flip=1.0)
-    seen = []
-
-    def augment(image: Image.Image, seed: int) -> Image.Image:
-        seen.append((np.asarray(image), seed))
-        return Image.new("RGB", image.size, "red")
-
-    pixels = show(picture, view, MIDDLE, augment=augment, augment_seed=17)
-    assert seen[0][1] == 17 and np.array_equal(seen[0][0], np.asarray(picture)[:, ::-1])
-    assert (pixels == [255, 0, 0]).all()
-
-
-@pytest.mark.parametrize("config", ["rnd-m9", "rand-q9", "rand-mx", "rand-m1.5", "rand-tnone"])
-def test_rand_augment_refuses_what_timm_does_not_know(config: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no RandAugment of timm.*; write for example rand-m9-mstd0.5-inc1"):
-        rand_augment(config)
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (40_000, 3)])
+def test_a_thin_image_is_cut_before_it_is_enlarged(size: tuple[int, int]) -> None:
+    """Resized whole, 20,000 x 1 pixels would have 4.5 million columns at a height of 224."""
+    pixels = np.arange(size[0] * size[1], dtype=np.uint32).astype(np.uint8).reshape(size[1], size[0])
+    shown = show(Image.fromarray(pixels).convert("RGB"), View((224, 224)), [0.9] * NUM_DRAWS)
+    assert shown.shape == (224, 224, 3) and shown.std() >= 0
 
 
 def test_draws_cover_what_is_used() -> None:

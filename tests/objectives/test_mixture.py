@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitssl.data.augment import normalize
+from vitssl.data.augment import Normalize
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
 from vitssl.objectives import TABLE, create, find, names
@@ -82,7 +82,7 @@ def test_equal_views_are_one_tensor():
     a, b, c = (task.objectives[name].seen for name in "abc")
     assert a is b
     assert c is not a
-    torch.testing.assert_close(a, normalize(samples.views[VIEW], torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])))
+    torch.testing.assert_close(a, Normalize([0.5, 0.4, 0.3], [0.2, 0.3, 0.4], channels=3)(samples.views[VIEW]))
 
 
 def test_draws_belong_to_the_objective_and_the_sample():

@@ -122,7 +122,7 @@ def start(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             launcher = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
             job = {
                 "program": program,
-                "argv": [*argv, f"run.dir={folder.parent}", f"run.name={folder.name}"],
+                "argv": last_of_each([*argv, f"run.dir={folder.parent}", f"run.name={folder.name}"]),
                 "env": {"VITSSL_CACHE": str(cache)} | {key: str(value) for key, value in launcher.items()} | (env or {}),
                 "cwd": str(ROOT),
                 "out": str(out),
@@ -133,6 +133,11 @@ def start(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         return run
 
     return begin
+
+
+def last_of_each(argv: list[str]) -> list[str]:
+    """A test's own settings replace those that all tests share; the programs themselves refuse a key given twice."""
+    return list({word.partition("=")[0] if "=" in word else word: word for word in argv}.values())
 
 
 def free_port() -> int:

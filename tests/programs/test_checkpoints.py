@@ -107,10 +107,19 @@ def test_no_step_is_saved_twice(pretrain: Callable, tmp_path: Path) -> None:
     assert [int(line.split()[1]) for line in run.out.splitlines() if line.startswith("saving")] == list(range(1, 21))
 
 
+def test_processes_agree_once_on_a_checkpoint_that_is_due(pretrain: Callable, tmp_path: Path) -> None:
+    """The first process asks, all know a step later; until it is written nobody asks again."""
+    argv = ["checkpoint.every=null", "checkpoint.keep_last=99", "checkpoint.minutes=0.0000001"]
+    run = pretrain(tmp_path / "run", *argv, processes=2).ok()
+    assert run.checkpoints() == [run.folder / f"checkpoints/step_{step:08}" for step in range(2, 21, 2)]
+
+
 def test_what_it_holds(exported) -> None:
     files = [path for path in (exported.folder / "checkpoints").rglob("*") if path.is_file()]
     assert {path.suffix if path.name != "LATEST" else path.name for path in files} == {".safetensors", ".json", "LATEST"}
     manifest = json.loads((exported.checkpoints()[-1] / MANIFEST).read_text())
+    data = manifest["facts"].pop("data")
+    assert data["samples"] == 60 and len(data["fingerprint"]) == 32
     assert manifest["step"] == 20 and manifest["facts"] == {"samples": 160, "lanes": 1, "updates": 20}
     tensors = exported.tensors()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

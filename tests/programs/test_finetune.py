@@ -187,3 +187,21 @@ def test_a_run_goes_on_from_the_encoder_it_began_with(finetune: Callable, export
     run = finetune(tmp_path / "run", *newest).ok()
     assert "from step 6" in run.out and f"from {tmp_path / 'older'}" in run.out
     assert run.tensors().keys() == whole.tensors().keys()
+    said = finetune(tmp_path / "run", *newest).ok().out
+    assert (
+        "is finished: step 12 of 12" in said
+        and f"it began from {tmp_path / 'older'}" in said
+        and "newer/export is newer" in said
+    )
+
+
+def test_images_are_normalised_as_the_encoder_knows_them(pretrain: Callable, finetune: Callable, tmp_path: Path) -> None:
+    own = ("data.mean=[0.5, 0.4, 0.3]", "data.std=[0.1, 0.2, 0.3]")
+    pretrain(tmp_path / "encoder", "length=2", *own).ok()
+    found = {}
+    for name, given in {"own": (), "named": own, "other": ("data.mean=[0.1, 0.1, 0.1]",)}.items():
+        run = finetune(tmp_path / name, f"encoder={tmp_path / 'encoder'}", "length=3", *given).ok()
+        facts = json.loads((run.folder / "export/last/classifier.json").read_text())
+        found[name] = (run.losses(), facts["mean"], facts["std"])
+    assert found["own"] == found["named"] and found["own"][1:] == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3])
+    assert found["other"][1:] == ([0.1, 0.1, 0.1], [0.1, 0.2, 0.3]) and found["other"][0] != found["own"][0]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcome import contents
 
 LONG = ("length=60", "checkpoint.every=4", "heldout.every=10", "log.every=3")
 TRAPS = {
@@ -112,7 +113,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(start: Callable, data: Pat
     wait_for(tmp_path / "run" / "metrics.jsonl", run)
     os.killpg(run.pids[0], number)  # as a terminal and a batch system do it: the loader's workers are told too
     assert run.ok().err == ""
-    step, command = re.search(r"stopped at step (\d+) of 60, saved. To go on:  python -m pretrain (.*)", run.out).groups()
+    step, command = re.search(r"stopped at step (\d+) of 60, saved. To go on, run:  python -m pretrain (.*)", run.out).groups()
     assert 0 < int(step) < 50 and [path.name for path in run.checkpoints()] == [f"step_{int(step):08}"]
     assert not (run.folder / "export").exists()
     again = start("pretrain", tmp_path / "run", *shlex.split(command)).ok()
@@ -169,7 +170,7 @@ def test_both_processes_stop_at_the_same_step(start: Callable, pretrain: Callabl
     run.pids, others = run.pids[1:], run.pids[:1]
     run.kill(signal.SIGTERM)
     run.pids = [*others, *run.pids]
-    assert "stopped at step" in run.ok().out
+    assert "To go on, start the same launch again:  ... -m pretrain tests/tiny.yaml" in run.ok().out
     again = pretrain(tmp_path / "run", *LONG).ok()
     assert again.losses() == pytest.approx(whole.losses(), rel=1e-5)
 
@@ -181,6 +182,12 @@ def test_a_finished_run_says_so(pretrain: Callable, exported, tmp_path: Path) ->
     assert "is finished: step 20 of 20" in run.out and run.err == ""
     after = contents(tmp_path / "run")
     assert after.keys() == before.keys() and {name for name in after if after[name] != before[name]} == {"log.txt"}
+
+
+def test_another_run_that_is_finished_leaves_nothing_to_do(pretrain: Callable, exported, tmp_path: Path) -> None:
+    run = pretrain(tmp_path / "run", f"init.resume={exported.folder}")
+    assert run.codes == [2] and f"init.resume={exported.folder}: nothing is left to do" in run.err
+    assert "is finished: step 20 of 20. A larger length goes on" in run.err and not (tmp_path / "run").exists()
 
 
 def test_a_finished_fine_tuning_says_so(finetune: Callable, tmp_path: Path) -> None:
@@ -228,7 +235,3 @@ def wait_for(path: Path, process, *, patience: float = 60.0) -> None:
 def forget(run, step: int) -> None:
     """As if the run had been killed before this checkpoint."""
     shutil.rmtree(run.folder / f"checkpoints/step_{step:08}")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-FILES = {"config.yaml", "plan.json", "environment.json", "log.txt", "metrics.jsonl", "probes.jsonl"}
+FILES = {".lock", "config.yaml", "plan.json", "environment.json", "log.txt", "metrics.jsonl", "probes.jsonl"}
 
 
 def test_what_a_run_leaves(exported) -> None:
@@ -84,7 +85,8 @@ def test_tensorboard_holds_it_all(pretrain: Callable, tmp_path: Path) -> None:
     (images,) = tags["images"]
     assert "reconstructions" in images and [event.step for event in events.Images(images)] == [10, 20]
     text = next(tag for tag in tags["tensors"] if "config" in tag)
-    assert b"embed_dim" in events.Tensors(text)[0].tensor_proto.string_val[0]
+    words = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
+    assert "encoder.arguments.embed_dim: 24" in words and "data.path: /" in words and "heldout.path: None" in words
 
 
 def test_compiled_blocks_keep_their_names(pretrain: Callable, exported, tmp_path: Path) -> None:
@@ -127,3 +129,18 @@ def test_your_own_pictures(start: Callable, tmp_path: Path, picture: Callable) -
     run = start("pretrain", tmp_path / "run", *argv, "launch.device=cpu").ok()
     assert "12 images" in run.out and len(run.losses()) == 4
     assert json.loads((run.folder / "export/encoder.json").read_text())["architecture"] == "vit_small_patch16_224"
+
+
+def test_a_probe_whose_classes_do_not_meet_is_refused(pretrain: Callable, tmp_path: Path, picture: Callable) -> None:
+    for folder, names in {"bank": "abcd", "queries": "bde"}.items():
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            (tmp_path / folder / name / "0.jpg").write_bytes(picture(ord(name)))
+    argv = [f"probe.{part}.path={tmp_path / part}" for part in ("bank", "queries")]
+    run = pretrain(tmp_path / "run", *argv)
+    assert run.codes == [2] and "queries: 1 classes are not among those of" in run.err and "bank: e; correct one" in run.err
+    assert not (tmp_path / "run").exists()
+    shutil.rmtree(tmp_path / "queries/e")
+    rows = pretrain(tmp_path / "run", *argv, "probe.k=1", "length=2", "probe.every=2").ok().rows("probes.jsonl")
+    # the same pictures under the same names, though "b" is number 0 of the one folder and 1 of the other
+    assert [row["knn"] for row in rows if "knn" in row] == [1.0, 1.0]

@@ -1,6 +1,5 @@
 """The command line and the launchers: what is instant, what only plans, and every way in."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from outcome import contents
 
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig
@@ -60,6 +60,19 @@ def test_plan_prints_and_writes_nothing(pretrain: Callable, finetune: Callable, 
     assert not (tmp_path / "run").exists() and "12 steps" in run.out and "rule rest.decay" in run.out
 
 
+def test_a_plan_needs_no_gpu_and_tells_what_is_odd(pretrain: Callable, data: Path, tmp_path: Path, picture) -> None:
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+    for precision, shown in (("auto", "bf16"), ("fp16", "fp16")):
+        run = pretrain(tmp_path / "run", "--plan", "launch.device=cuda", f"launch.precision={precision}", env=no_gpu).ok()
+        assert f"ddp, {shown}, cuda" in run.out and "8 = 1 x 8 x 1 (" in run.out
+    assert "longer than the run: this rate is never reached" in pretrain(tmp_path / "run", "--plan", "length=3").ok().out
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "b.jpg", "c.heic", "notes.txt"):
+        (tmp_path / "photos" / name).write_bytes(picture(1))
+    run = pretrain(tmp_path / "run", "--plan", f"data.path={tmp_path / 'photos'}", "data.split=null", "length=2").ok()
+    assert "2 images (2 other files ignored), 1 lanes" in run.out
+
+
 def test_the_plan_is_the_runs(pretrain: Callable, tmp_path: Path, exported) -> None:
     planned = pretrain(tmp_path / "run", "--plan").ok().out.splitlines()
     run = exported.out.splitlines()
@@ -87,8 +100,3 @@ def test_every_way_in(launcher: str, data: Path, tmp_path: Path, exported, monke
     assert [row["loss"] for row in rows] == pytest.approx(exported.losses(), rel=1e-5)
     assert json.loads((tmp_path / "run/environment.json").read_text())["processes"] == processes
     assert launcher != "python" or done.stderr == ""
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,6 +1,7 @@
 """From config and task to numbers: outlines without memory, counts, and an estimate of memory that autograd agrees with."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ CLOCK = Clock(step=0, total=10, samples=0, seed=0)
 def config(**values) -> ProgramConfig:
     launch = {"device": "cpu", "precision": "fp32"} | values.pop("launch", {})
     return build(ProgramConfig, {"batch_size": 32, "launch": launch} | values, where="here")
+
+
+def images(num: int, *, ignored: int = 0) -> SimpleNamespace:
+    """What a plan asks of a source."""
+    return SimpleNamespace(num_samples=num, ignored=ignored)
 
 
 def classify(mae: nn.Module, **options) -> Classify:
@@ -106,7 +112,7 @@ def test_an_outline_takes_no_memory_and_counts_the_same(small_mae: Callable):
     tensors = [*shape.parameters(), *shape.buffers()]
     assert len(tensors) > 20 and all(tensor.is_meta for tensor in tensors)
     assert {name: p.shape for name, p in shape.named_parameters()} == {name: p.shape for name, p in real.named_parameters()}
-    plans = [make_plan(config(), task, samples=100, lanes=2, workers=1) for task in (real, shape)]
+    plans = [make_plan(config(), task, images(100)) for task in (real, shape)]
     assert plans[0] == plans[1]
 
 
@@ -117,12 +123,13 @@ def test_every_number_of_a_plan(small_mae: Callable):
         micro_batch=8,
         optim={"base_lr": 1e-3, "lr_rule": "linear/256", "warmup": "10%"},
         launch={"engine": "zero1"},
+        data={"lanes": 3, "workers": 2},
     )
     task.couples_samples = True
-    plan = make_plan(settings, task, samples=1000, lanes=3, workers=2)
+    plan = make_plan(settings, task, images(1000, ignored=4))
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     frozen = task.encoder.vit.pos_embed.numel()
-    assert (plan.steps, plan.epochs, plan.samples) == (312, 9.984, 1000)
+    assert (plan.steps, plan.epochs, plan.samples, plan.ignored) == (312, 9.984, 1000, 4)
     assert (plan.batch_size, plan.processes, plan.micro_batch, plan.accumulation, plan.loss_batch) == (32, 1, 8, 4, 8)
     assert (plan.lr, plan.lr_rule, plan.warmup_steps) == (1.25e-4, "0.001 x 32 / 256", 31)
     assert (plan.engine, plan.precision, plan.device, plan.workers, plan.lanes) == ("zero1", "fp32", "cpu", 2, 3)
@@ -153,7 +160,7 @@ def test_the_micro_batch_is_the_largest_that_fits(launch: dict, factors: dict, s
 def test_a_batch_that_does_not_divide_is_refused(small_mae: Callable, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dist, "world", lambda: 3)
     with pytest.raises(ConfigError, match=r"batch_size=32 does not divide over 3 processes"):
-        make_plan(config(), small_mae(), samples=100, lanes=1, workers=0)
+        make_plan(config(), small_mae(), images(100))
 
 
 def test_memory_of_nothing():

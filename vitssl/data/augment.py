@@ -6,27 +6,43 @@ the sample and put back afterwards, so an augmented image is a function of (seed
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitssl.errors import ConfigError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _CONFIG = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t(weights|3aw?))*"
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 [B, C, H, W]: (pixel / 255 - mean) / std; ``mean`` and ``std`` [C] of values 0-1."""
-    scaled = images.to(torch.float32).div_(255)
-    return scaled.sub_(mean.to(scaled)[:, None, None]).div_(std.to(scaled)[:, None, None])
+class Normalize(nn.Module):
+    """uint8 [B, C, H, W] -> float32 [B, C, H, W]: (pixel / 255 - mean) / std; ``mean`` and ``std`` [C] in units of [0, 1].
+
+    Its numbers follow a module to its device and are no part of its state. Raises ConfigError where they do not fit C.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, channels: int) -> None:
+        super().__init__()
+        if not len(mean) == len(std) == channels:
+            raise ConfigError(
+                f"data.mean has {len(mean)} and data.std {len(std)} values for encoder.channels={channels}; "
+                "give one of each per channel"
+            )
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+
+    def restore(self, images: Tensor) -> Tensor:
+        """[..., C, H, W] normalised, or predicted, -> pixels in [0, 1], cut there."""
+        return (images.float() * self.std + self.mean).clamp(0, 1)
 
 
-def rand_augment(config: str, *, mean: tuple[float, ...] = IMAGENET_MEAN, size: int = 224) -> "RandAugment":
+def rand_augment(config: str, *, mean: Sequence[float], size: int = 224) -> "RandAugment":
     """timm's RandAugment (Cubuk et al. 2020) from its own configuration string, such as MAE's ``rand-m9-mstd0.5-inc1``.
 
     ``mean`` fills what a shift uncovers; ``size`` (pixels of the shorter side) bounds shifts, as timm itself does; rotations
@@ -59,13 +75,19 @@ def erasing(probability: float) -> Callable[[Tensor], Tensor] | None:
         return None
     from timm.data.random_erasing import RandomErasing
 
-    return RandomErasing(probability, mode="pixel", device="cpu")
+    eraser = RandomErasing(probability, mode="pixel", device="cpu")
+
+    def erase(images: Tensor) -> Tensor:
+        eraser.device = images.device  # where it draws its noise
+        return eraser(images)
+
+    return erase
 
 
 class RandAugment:
     """``augment(image, seed) -> image``: RandAugment of one PIL image, the same for the same seed. Picklable."""
 
-    def __init__(self, config: str, *, mean: tuple[float, ...] = IMAGENET_MEAN, size: int = 224) -> None:
+    def __init__(self, config: str, *, mean: Sequence[float], size: int) -> None:
         from timm.data.auto_augment import rand_augment_transform  # imports torchvision: only where it is asked for
 
         self.config = config

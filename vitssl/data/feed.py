@@ -10,7 +10,7 @@ from vitssl.data.loader import Samples, evaluation_batches
 from vitssl.data.order import Order, default_lanes
 from vitssl.data.sources import Source, Subset, open_source
 from vitssl.data.transforms import Augment
-from vitssl.errors import ConfigError
+from vitssl.errors import ConfigError, UserError
 from vitssl.sections import DataConfig, SourceConfig
 from vitssl.task import Batch
 from vitssl.views import View
@@ -22,9 +22,12 @@ def open_configured(config: SourceConfig, *, key: str, progress: Progress | None
     """The source a config section names; ``key`` is the section, for messages. Raises ConfigError and DataError."""
     if config.path is None:
         raise ConfigError(
-            f"{key}.path: has no value; name your images, as in {key}.path=/my/photos or {key}.path=my-{{00..99}}.tar"
+            f"{key}.path: has no value; name your images, as in {key}.path=/my/photos or {key}.path='my-{{00..99}}.tar'"
         )
-    return open_source(config.path, kind=config.kind, split=config.split, progress=progress)
+    try:
+        return open_source(config.path, kind=config.kind, split=config.split, progress=progress)
+    except UserError as error:
+        raise type(error)(f"{key}: {error}") from None
 
 
 def training_samples(
@@ -64,6 +67,8 @@ def share(samples: Samples, *, batch_size: int = 128, workers: int = 0) -> Itera
 
 def choose_lanes(source: Source, config: DataConfig) -> int:
     """The config's lanes, else by the number of samples alone, so that any number of processes trains the same run."""
+    if config.lanes is not None and config.lanes > source.num_samples:
+        raise ConfigError(f"data.lanes={config.lanes}: there are only {source.num_samples:,} samples; take fewer, or null")
     return config.lanes or default_lanes(source.num_samples)
 
 

@@ -24,6 +24,7 @@ from vitssl.data import tarscan
 from vitssl.errors import DataError
 
 VERSION = 1
+SUFFIX = ".index"  # of a sidecar, after the name of its shard
 NO_LABEL = np.iinfo(np.int64).min
 _ENDS = 64 << 10  # bytes at each end of a shard that go into its identity
 _POOL_FROM = 4  # shards to scan from which starting processes pays
@@ -141,7 +142,7 @@ def _sidecars(shard: str) -> tuple[Path, Path]:
     """Where a shard's sidecar may lie, in order of preference."""
     cache = Path(os.environ.get("VITSSL_CACHE") or "~/.cache/vitssl").expanduser()
     place = hashlib.blake2b(os.path.abspath(shard).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return Path(f"{shard}.index"), cache / "index" / f"{place}.index"
+    return Path(f"{shard}{SUFFIX}"), cache / "index" / f"{place}{SUFFIX}"
 
 
 def _identity(shard: str) -> str:

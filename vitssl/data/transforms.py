@@ -81,6 +81,7 @@ def show(
     height, width = view.size
     resample = _RESAMPLING[view.interpolation]
     if view.scale is None:
+        image = _without_ends(image, view)
         resized = _covering_size(image.width, image.height, view)
         image = image if image.size == resized else image.resize(resized, resample)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
@@ -133,6 +134,15 @@ def _covering_size(width: int, height: int, view: View) -> tuple[int, int]:
     if target_width * height >= target_height * width:
         return target_width, int(target_width * height / width)
     return int(target_height * width / height), target_height
+
+
+def _without_ends(image: Image.Image, view: View) -> Image.Image:
+    """The middle of an image so long and thin that resizing all of it would take gigabytes; others as they are."""
+    width, height = image.size
+    longest = 256 * min(width, height) * max(view.size) // min(view.size)
+    w, h = min(width, longest), min(height, longest)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image if (w, h) == image.size else image.crop((left, top, left + w, top + h))
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:

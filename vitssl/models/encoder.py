@@ -117,6 +117,8 @@ class Encoder(nn.Module):
         given |= {"img_size": _pair(image_size)} | {key: value for key, value in own.items() if value is not None}
         given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
         model = build(name, given, drop_path=drop_path)
+        if not len(model.blocks):
+            raise ConfigError("encoder.arguments.depth=0: an encoder without a block has nothing to train; take at least 1")
         patch = tuple(model.patch_embed.patch_size)
         _check_size(_pair(image_size), patch, "encoder.image_size")
         heads = next(module.num_heads for module in model.blocks[0].modules() if hasattr(module, "num_heads"))

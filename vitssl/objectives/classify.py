@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitssl.data.augment import normalize
+from vitssl.data.augment import Normalize
 from vitssl.dist import rank
 from vitssl.draws import fold
 from vitssl.errors import DataError
@@ -50,8 +50,7 @@ class Classify(Task):
         self.encoder = encoder
         self.head = head
         self.smoothing, self.mixup, self.erasing, self.mode, self.layer_decay = smoothing, mixup, erasing, mode, layer_decay
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self.normalize = Normalize(mean, std, channels=encoder.spec.channels)
         self._part = (-1, 0)  # (step, how many forwards it has had): micro-batches of a step mix differently
         if mode == "linear":
             self.encoder.requires_grad_(False)
@@ -70,11 +69,11 @@ class Classify(Task):
         """
         if features:
             (images,) = batch.views.values()
-            return self.encoder(normalize(images, self.mean, self.std)).pool(features), {}
+            return self.encoder(self.normalize(images)).pool(features), {}
         if batch.labels is None:
             raise DataError("these samples have no labels; classification needs them: .cls members of shards, or class folders")
         (images,) = batch.views.values()
-        images = normalize(images, self.mean, self.std)
+        images = self.normalize(images)
         if not self.training:
             return self._evaluate(images, batch.labels)
         images, targets = self._augment(images, batch.labels, clock)

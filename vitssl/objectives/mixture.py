@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitssl.data.augment import normalize
+from vitssl.data.augment import Normalize
 from vitssl.draws import uniform
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder, Pooling
@@ -38,17 +38,11 @@ class Mixture(Task):
             raise ConfigError("objectives: a run needs at least one, as in objectives.mae={}")
         if teacher is None and (asking := [name for name, objective in objectives.items() if objective.needs_teacher]):
             raise ConfigError(f"objectives.{asking[0]} needs a teacher and this run keeps none")
-        if not len(mean) == len(std) == encoder.spec.channels:
-            raise ConfigError(
-                f"data.mean has {len(mean)} and data.std {len(std)} values for encoder.channels={encoder.spec.channels}; "
-                "give one of each per channel"
-            )
         self.couples_samples = any(objective.couples_samples for objective in objectives.values())
         self.encoder = encoder
         self.teacher = teacher
         self.objectives = nn.ModuleDict(objectives)
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self.normalize = Normalize(mean, std, channels=encoder.spec.channels)
 
     @property
     def views(self) -> set[View]:
@@ -59,7 +53,7 @@ class Mixture(Task):
         """(sum of weight x loss, metrics called ``<objective>/<metric>``). Equal views are normalised once and shared."""
         if features:
             return self.encoder(self._only_view(batch)).pool(features), {}
-        images = {view: normalize(batch.views[view], self.mean, self.std) for view in self.views}
+        images = {view: self.normalize(batch.views[view]) for view in self.views}
         nets = Nets(student=self.encoder, teacher=self.teacher)
         total, metrics = torch.zeros((), device=batch.positions.device), {}
         for name, objective in self.objectives.items():
@@ -73,11 +67,10 @@ class Mixture(Task):
         """[B, columns, C, H, W] in [0, 1]: what the first objective that can reconstruct makes of the batch, else None."""
         for name, objective in self.objectives.items():
             if hasattr(objective, "reconstruct"):
-                images = normalize(batch.views[objective.views()["image"]], self.mean, self.std)
+                images = self.normalize(batch.views[objective.views()["image"]])
                 with torch.no_grad():
                     columns = objective.reconstruct(Nets(self.encoder, self.teacher), images, self.draw(name, batch, clock))
-                std, mean = self.std[:, None, None], self.mean[:, None, None]
-                return torch.stack([column.float() * std + mean for column in columns], dim=1).clamp(0, 1)
+                return self.normalize.restore(torch.stack(columns, dim=1))
         return None
 
     def stacks(self) -> list[Stack]:
@@ -90,7 +83,7 @@ class Mixture(Task):
 
     def _only_view(self, batch: Batch) -> Tensor:
         (images,) = batch.views.values()
-        return normalize(images, self.mean, self.std)
+        return self.normalize(images)
 
     def param_rules(self) -> list[Rule]:
         """The usual pair for everything but the objectives that bring rules for their own parameters."""

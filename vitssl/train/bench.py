@@ -23,7 +23,7 @@ from vitssl.report import Report
 from vitssl.schedule import Clock
 from vitssl.sections import ProgramConfig
 from vitssl.task import Batch, Task
-from vitssl.train.launch import Engine, choose_device
+from vitssl.train.launch import Engine, choose_device, choose_precision
 from vitssl.train.planning import batch_split, outline
 
 ROUNDS, STEPS = 3, 3
@@ -39,7 +39,8 @@ def bench_step(
     device = choose_device(config.launch)
     report.say(f"one step of {config.batch_size} images on {device}, {ROUNDS} x {STEPS} steps a side, alternating")
     rows = []
-    for precision in ("fp32", "bf16"):
+    auto = config.launch.model_copy(update={"precision": "auto"})
+    for precision in dict.fromkeys(("fp32", choose_precision(auto, device))):
         launch = config.launch.model_copy(update={"precision": precision, "engine": "ddp"})
         ours, theirs = [], []
         for _ in range(ROUNDS):
@@ -78,14 +79,17 @@ def _measure(
     step = _plain_step(plain(task), task, config) if plain else _our_step(task, config, build)
     step(0)
     step(1)  # the first step allocates the optimiser's state
+    on_gpu = choose_device(config.launch) == "cuda"
     seconds = []
     for number in range(2, 2 + STEPS):
+        if on_gpu:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         step(number)
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    if choose_device(config.launch) == "cuda":
+    if on_gpu:
         return {"seconds": seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -123,8 +127,7 @@ def _plain_step(model: torch.nn.Module, task: Task, config: ProgramConfig) -> Ca
     micro_batch, accumulation = batch_split(config, outline(lambda: task))
     batches = [batch.to(device) for batch in _batches(task, config, micro_batch, accumulation)]
     (view,) = task.views
-    std = torch.tensor(config.data.std, device=device)[:, None, None]
-    mean = torch.tensor(config.data.mean, device=device)[:, None, None]
+    mean, std = task.normalize.mean.to(device), task.normalize.std.to(device)
     num_patches = task.encoder.spec.num_patches
 
     def step(number: int) -> None:

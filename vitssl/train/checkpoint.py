@@ -127,13 +127,15 @@ def found(root: Path) -> list[Path]:
 
 
 def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None) -> None:
-    """Remove all but the ``keep_last`` newest up to step ``newest`` and each multiple of ``keep_every`` steps.
+    """Remove all but the ``keep_last`` newest up to step ``newest`` and the first at or after each multiple of ``keep_every``.
 
     One of a later step was found damaged when this run was continued; it stays, and takes no whole one's place.
     """
     folders = [folder for folder in found(root) if _step(folder) <= newest]
-    for folder in folders[: max(0, len(folders) - keep_last)]:
-        if not (keep_every and _step(folder) % keep_every == 0):
+    firsts = {_step(folder) // keep_every: folder for folder in reversed(folders)} if keep_every else {}
+    kept = {*folders[-keep_last:], *(folder for multiple, folder in firsts.items() if multiple)}
+    for folder in folders:
+        if folder not in kept:
             shutil.rmtree(folder)
     for leftover in root.glob(".writing_*"):
         shutil.rmtree(leftover, ignore_errors=True)

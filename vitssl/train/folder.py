@@ -1,5 +1,6 @@
 """A run on disk: its folder, what it was started with, and whether what is asked now is the same run."""
 
+import fcntl
 import json
 import os
 import platform
@@ -13,13 +14,15 @@ import yaml
 
 from vitssl import dist
 from vitssl.config import difference, dump
-from vitssl.errors import CheckpointError, ConfigError
+from vitssl.data.sources import Source
+from vitssl.errors import CheckpointError, ConfigError, DataError
 from vitssl.plan import Plan
 from vitssl.report import Report
 from vitssl.sections import CHANGEABLE, ProgramConfig
 from vitssl.train import checkpoint
 from vitssl.train.checkpoint import Saved
 
+_locks: list[int] = []  # descriptors: closing one would end its lock
 PACKAGES = ("vitssl", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 
 
@@ -50,28 +53,59 @@ def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> N
     if differing:
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(differing[:4])}{'; ...' if len(differing) > 4 else ''});"
-            " give this one another run.name, or take the old values"
+            " take the old values, or begin another run.name (from this one's export with weights=...)"
         )
 
 
-def starting_point(folder: Path, resume: Path | None, report: Report) -> tuple[Saved | None, str]:
-    """(checkpoint, where) to continue from: this folder's newest whole one, else another run's, else none."""
-    saved = checkpoint.load_newest(folder / "checkpoints", tell=lambda text: report.say(f"warning: {text}", style="yellow"))
-    if saved is not None:
-        return saved, str(folder)
-    if resume is None:
-        return None, ""
-    saved = checkpoint.load_newest(
-        Path(resume) / "checkpoints", tell=lambda text: report.say(f"warning: {text}", style="yellow")
-    )
+def starting_point(folder: Path, config: ProgramConfig, report: Report) -> tuple[Saved | None, Path]:
+    """(checkpoint, the run it is of) to continue from: this folder's newest whole one, else ``init.resume``'s, else none.
+
+    Raises ConfigError where the other run is one of another config.
+    """
+
+    def warn(text: str) -> None:
+        report.say(f"warning: {text}", style="yellow")
+
+    saved, resume = checkpoint.load_newest(folder / "checkpoints", tell=warn), config.init.resume
+    if saved is not None or resume is None:
+        return saved, folder
+    refuse_another_run(resume, config, report)
+    saved = checkpoint.load_newest(resume / "checkpoints", tell=warn)
     if saved is None:
-        raise CheckpointError(f"init.resume={resume}: there is no checkpoint in {Path(resume) / 'checkpoints'}")
-    return saved, str(resume)
+        raise CheckpointError(f"init.resume={resume}: there is no checkpoint in {resume / 'checkpoints'}")
+    return saved, resume
+
+
+def refuse_other_data(saved: Saved, source: Source, *, where: Path) -> None:
+    """Raise DataError where the samples are not those that the checkpoint was made with: their order would be another."""
+    then = saved.facts["data"]
+    if then["fingerprint"] != source.fingerprint:
+        same = then["samples"] == source.num_samples
+        change = "other images, as many as then" if same else f"{then['samples']:,} images then, {source.num_samples:,} now"
+        raise DataError(
+            f"{source.name}: is not the data that {where} was begun on ({change}); put it back, or begin a new run from that"
+            " one's export"
+        )
+
+
+def occupy(folder: Path) -> None:
+    """Keep other programs out of a run's folder for as long as this process lives. Raises ConfigError if one is in it.
+
+    A record lock: it ends with its process, however that ends, and forked loader processes do not inherit it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    _locks.append(descriptor)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ConfigError(f"{folder}: another program is training in it now; wait for it, or take another run.name") from None
+    except OSError:
+        return  # a file system without locks
 
 
 def begin(folder: Path, config: ProgramConfig, plan: Plan, *, step: int) -> None:
     """Write config, plan and environment, and cut the logs back to ``step``. The main process calls it."""
-    folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "config.yaml", dump(config))
     plan.save(folder / "plan.json")
     _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")

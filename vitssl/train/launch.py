@@ -34,20 +34,22 @@ _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def choose_device(config: LaunchConfig) -> str:
-    """``cuda`` or ``cpu``. Raises ConfigError where a GPU is asked for and there is none."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("launch.device=cuda: torch sees no GPU here; take launch.device=auto, or mend the driver")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    """``cuda`` or ``cpu``; ``cuda`` where it is asked for, also on a machine that only plans and has none."""
+    return "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
 
 
 def choose_precision(config: LaunchConfig, device: str) -> str:
     """``auto`` is bf16 where the hardware multiplies bf16 (GPU, or CPU with AVX512-BF16 or AMX), else fp32."""
     if config.precision == "fp16" and device == "cpu":
-        raise ConfigError("launch.precision=fp16 needs a GPU: its loss scaling does not exist on the CPU; take bf16 or fp32")
+        raise ConfigError(
+            "launch.precision=fp16 needs a GPU: its loss scaling does not exist on the CPU; take bf16 or fp32, or"
+            " launch.device=cuda"
+        )
     if config.precision != "auto":
         return config.precision
     if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        absent = not torch.cuda.is_available()
+        return "bf16" if absent or torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
@@ -84,7 +86,7 @@ class Engine:
         self.config, self.accumulation, self.clip = config, accumulation, clip
         device = choose_device(config)
         self.precision = choose_precision(config, device)
-        _refuse_conflicts(config, self.precision)
+        _refuse_conflicts(config, device, self.precision)
         zero = config.engine.startswith("zero")
         if zero:
             _prepare_deepspeed(device)
@@ -207,7 +209,20 @@ def _available(trackers: list[str]) -> list[str]:
     return trackers
 
 
-def _refuse_conflicts(config: LaunchConfig, precision: str) -> None:
+def _refuse_conflicts(config: LaunchConfig, device: str, precision: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("launch.device=cuda: torch sees no GPU here; take launch.device=auto, or mend the driver")
+    if config.engine.startswith("zero") and precision == "fp16":
+        raise ConfigError(
+            f"launch.precision=fp16 with launch.engine={config.engine}: DeepSpeed's loss scale would start anew at every"
+            " continuation; take bf16, or launch.engine=ddp"
+        )
+    if config.engine.startswith("zero") and device == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            f"launch.device=cpu with launch.engine={config.engine}: DeepSpeed takes the GPU it sees; hide it with"
+            " CUDA_VISIBLE_DEVICES= before the command, or take launch.engine=ddp"
+        )
+
     def on(name: str) -> bool:
         return os.environ.get(name, "false").lower() in ("1", "true")
 

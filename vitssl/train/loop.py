@@ -7,7 +7,7 @@ are reported, so nothing in the step waits for it; every step's loss is written,
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitssl import dist
-from vitssl.errors import TrainingError
+from vitssl.errors import DataError, TrainingError
 from vitssl.report import Report, duration
 from vitssl.schedule import Clock, Schedule
 from vitssl.task import Batch
@@ -26,17 +26,38 @@ from vitssl.train.optim import set_lr
 
 @dataclass(frozen=True)
 class Event:
-    """Something done every ``every`` steps, and after the last one where ``last``: evaluation, a probe, a checkpoint."""
+    """Something done every ``every`` steps and after the last one: evaluation, a probe."""
 
     every: int
     act: Callable[[int], None]
-    last: bool = True
 
     def due(self, done: int, total: int) -> bool:
         """At each multiple of ``every`` and after the last step, but not twice where the two lie close together."""
-        if done == total:
-            return self.last or done % self.every == 0
-        return done % self.every == 0 and not (self.last and 2 * (total - done) < self.every)
+        return done == total or (done % self.every == 0 and 2 * (total - done) >= self.every)
+
+
+@dataclass
+class Saving:
+    """When ``save(step)`` writes a checkpoint: every ``every`` steps, and when ``minutes`` have passed since the last one.
+
+    The first process's clock decides, and it asks once: the processes agree a step later.
+    """
+
+    save: Callable[[int], None]
+    every: int
+    minutes: float | None = None
+    _asked: bool = False
+    _at: float = field(default_factory=time.monotonic)
+
+    def overdue(self) -> bool:
+        if self.minutes is None or self._asked or dist.rank():
+            return False
+        self._asked = time.monotonic() - self._at > 60 * self.minutes
+        return self._asked
+
+    def now(self, step: int) -> None:
+        self.save(step)
+        self._asked, self._at = False, time.monotonic()
 
 
 @dataclass
@@ -53,7 +74,7 @@ class Window:
 def fit(
     engine: Engine,
     *,
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     schedule: Schedule,
     start: int,
     total: int,
@@ -61,16 +82,15 @@ def fit(
     seed: int,
     log_every: int,
     report: Report,
+    saving: Saving,
     events: Sequence[Event] = (),
-    save: Callable[[int], None] = lambda step: None,
-    save_minutes: float | None = None,
 ) -> int:
     """Train from step ``start`` to ``total``; returns the step reached, less than ``total`` after Ctrl-C or SIGTERM.
 
-    ``save(step)`` writes a checkpoint; it is called every ``save_minutes`` and when the run is told to stop. Raises
+    It also saves when it is told to stop, and when the data fail: that DataError is raised again, with nothing lost. Raises
     TrainingError, before anything is saved, where a loss is not finite.
     """
-    agreement, window, saved_at = dist.Agreement(), Window(), time.monotonic()
+    agreement, window, feed = dist.Agreement(), Window(), _one_ahead(batches)
     engine.wrapped.train()
     with _stop_signals() as stop:
         for step in range(start, total):
@@ -78,28 +98,68 @@ def fit(
             done = step + 1
             report_due = done % log_every == 0 or done == total
             events_due = [event for event in events if event.due(done, total)]
-            norm = _step(engine, clock, batches, window, lr=schedule.at(step), want_norm=report_due)
-            overdue = save_minutes is not None and time.monotonic() - saved_at > 60 * save_minutes
-            stopping, saving = agreement.vote(stop[0], overdue)
+            try:
+                norm = _step(engine, clock, feed, window, lr=schedule.at(step), want_norm=report_due)
+            except DataError:
+                _flush(window, step, report, {})
+                saving.now(step)
+                raise
+            stopping, overdue = agreement.vote(stop[0], saving.overdue())
+            save_due = stopping or overdue or done % saving.every == 0 or done == total
             if report_due:
                 measured = _measure(window, norm, lr=schedule.at(step), batch_size=batch_size)
                 _flush(window, done, report, measured)
                 _line(window, clock, measured, report, batch_size=batch_size)
                 window = Window()
-            elif events_due or stopping or saving:
+            elif events_due or save_due:
                 _flush(window, done, report, {})
             paused = time.perf_counter()
             for event in events_due:
-                event.act(done)
-            if saving or stopping:
-                save(done)
-                saved_at = time.monotonic()
+                with _saved_if_alone(saving, done):
+                    event.act(done)
+            if save_due:
+                saving.now(done)
             if events_due:
                 engine.wrapped.train()
             window.paused += time.perf_counter() - paused
             if stopping and done < total:
                 return done
     return total
+
+
+def _one_ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The micro-batches, each fetched before the one ahead of it is computed, so that all processes learn in time if one fails.
+
+    Raises the DataError of the first process that has no batch, on each process and for the same micro-batch. Nothing waits:
+    the votes travel while the device computes.
+    """
+    feed, agreement = iter(batches), dist.Agreement()
+    upcoming = _fetched(feed)
+    agreement.vote(isinstance(upcoming, DataError))
+    while upcoming is not None:
+        batch, upcoming = upcoming, _fetched(feed) if not isinstance(upcoming, DataError) else upcoming
+        (failed,) = agreement.vote(isinstance(upcoming, DataError))
+        if isinstance(batch, DataError) or (failed and dist.world() > 1):
+            raise DataError(dist.first_said(str(batch) if isinstance(batch, DataError) else None))
+        yield batch
+
+
+def _fetched(feed: Iterator[Batch]) -> Batch | DataError | None:
+    try:
+        return next(feed, None)
+    except DataError as error:
+        return error
+
+
+@contextmanager
+def _saved_if_alone(saving: Saving, done: int) -> Iterator[None]:
+    """What a user must mend (a test image that does not decode) loses no step; several processes cannot agree on it here."""
+    try:
+        yield
+    except DataError:
+        if dist.world() == 1:
+            saving.now(done)
+        raise
 
 
 def _step(
@@ -128,7 +188,7 @@ def _measure(window: Window, norm: Tensor | float | None, *, lr: float, batch_si
     norm = float("nan") if norm is None else float(norm)
     elapsed = max(1e-9, time.perf_counter() - window.began - window.paused)
     rate = (len(window.rows) + len(window.steps)) * batch_size / elapsed
-    return {"lr": lr, "grad_norm": norm, "images_per_s": round(rate, 1), "data_wait": round(window.waited / elapsed, 4)}
+    return {"lr": lr, "grad_norm": norm, "images_per_s": float(f"{rate:.5g}"), "data_wait": round(window.waited / elapsed, 4)}
 
 
 def _flush(window: Window, done: int, report: Report, measured: dict[str, float]) -> None:

@@ -1,11 +1,14 @@
 """From config, task and machine to the plan's numbers: what is counted, measured or asked before anything is trained."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 
 from vitssl import dist
+from vitssl.data.feed import choose_lanes, choose_workers
+from vitssl.data.sources import Source
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
 from vitssl.task import Task
@@ -36,15 +39,16 @@ def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:
     device = choose_device(config.launch)
     each = activations(task.stacks(), config, choose_precision(config.launch, device))
     free = USABLE * _device_memory(device) - sum(_state_memory(config, task).values())
-    fits = max(1, int(free // max(1, each)))
+    fits = max(1, int(min(config.batch_size, free / max(1, each))))
     return split_batch(config.batch_size, dist.world(), config.micro_batch, fits=fits)
 
 
-def make_plan(config: ProgramConfig, task: Task, *, samples: int, lanes: int, workers: int) -> Plan:
+def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
     """Every derived number of the run. Raises ConfigError where the config cannot be run."""
     device = choose_device(config.launch)
     precision = choose_precision(config.launch, device)
     micro_batch, accumulation = batch_split(config, task)
+    samples = source.num_samples
     steps = run_length(config.length, samples=samples, batch_size=config.batch_size)
     lr, rule = scaled_lr(config.optim.base_lr, config.optim.lr_rule, config.batch_size)
     groups = group_parameters(task)
@@ -54,6 +58,7 @@ def make_plan(config: ProgramConfig, task: Task, *, samples: int, lanes: int, wo
         steps=steps,
         epochs=steps * config.batch_size / samples,
         samples=samples,
+        ignored=source.ignored,
         batch_size=config.batch_size,
         processes=dist.world(),
         micro_batch=micro_batch,
@@ -65,8 +70,8 @@ def make_plan(config: ProgramConfig, task: Task, *, samples: int, lanes: int, wo
         engine=config.launch.engine,
         precision=precision,
         device=device,
-        workers=workers,
-        lanes=lanes,
+        workers=choose_workers(config.data, device=device),
+        lanes=choose_lanes(source, config.data),
         parameters={group.rule.name: group.size for group in groups} | ({"frozen": frozen} if frozen else {}),
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
     )
@@ -83,7 +88,9 @@ def _state_memory(config: ProgramConfig, task: Task) -> dict[str, int]:
 
 
 def _device_memory(device: str) -> float:
-    """Bytes this process may count on."""
+    """Bytes this process may count on; no bound where the GPU is elsewhere and only a plan is made."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return math.inf
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world()))

@@ -6,25 +6,25 @@ Both programs hand it how to build their task and what to feed it; it knows neit
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vitssl import dist
-from vitssl.config import dump
-from vitssl.data.feed import choose_lanes, choose_workers, training_samples
+from vitssl.config import flat
+from vitssl.data.feed import training_samples
 from vitssl.data.loader import batches
 from vitssl.data.sources import Source
 from vitssl.data.transforms import Augment
+from vitssl.errors import ConfigError
 from vitssl.plan import Plan
 from vitssl.report import Report
 from vitssl.schedule import Duration
 from vitssl.sections import ProgramConfig
 from vitssl.task import Task
 from vitssl.train import checkpoint
-from vitssl.train.folder import begin, refuse_another_run, run_folder, starting_point
-from vitssl.train.launch import Engine, choose_device
-from vitssl.train.loop import Event, fit
+from vitssl.train.folder import begin, occupy, refuse_another_run, refuse_other_data, run_folder, starting_point
+from vitssl.train.launch import Engine
+from vitssl.train.loop import Event, Saving, fit
 from vitssl.train.planning import batch_split, make_plan, outline
 from vitssl.train.state import create_optimizer, gather, load_optimizer, load_task
 from vitssl.views import View
@@ -44,7 +44,7 @@ class Session:
     report: Report
     start: int
     lanes: int
-    saved: int = 0
+    saved: int
 
     @property
     def folder(self) -> Path:
@@ -58,7 +58,8 @@ class Session:
         """Write a checkpoint and drop the ones the policy does not keep. Every process calls it."""
         if step == self.saved:
             return
-        facts = {"samples": step * self.plan.batch_size, "lanes": self.lanes}
+        data = {"samples": self.source.num_samples, "fingerprint": self.source.fingerprint}
+        facts = {"samples": step * self.plan.batch_size, "lanes": self.lanes, "data": data}
         gathered = gather(self.engine, step=step, facts=facts)
         if self.engine.main:
             policy = self.config.checkpoint
@@ -102,15 +103,20 @@ class Session:
             seed=config.seed,
             log_every=config.log.every,
             report=self.report,
-            events=[*events, Event(every=every, act=self.save)],
-            save=self.save,
-            save_minutes=config.checkpoint.minutes,
+            saving=Saving(self.save, every=every, minutes=config.checkpoint.minutes),
+            events=events,
         )
+
+    def tell_stopped(self, reached: int, command: str) -> None:
+        """The last line of a run that was told to stop."""
+        again = "start the same launch again" if dist.world() > 1 else "run"
+        self.report.rest()
+        self.report.say(f"stopped at step {reached:,} of {self.plan.steps:,}, saved. To go on, {again}:  {command}")
 
 
 def show_plan(config: ProgramConfig, build: Callable[[], Task], open_data: Open, report: Report) -> None:
     """``--plan``: everything derived, nothing trained, no GPU needed."""
-    report.pairs("plan", _plan(config, outline(build), open_data(report)).lines())
+    report.pairs("plan", make_plan(config, outline(build), open_data(report)).lines())
 
 
 def begin_session(
@@ -135,13 +141,19 @@ def begin_session(
     )
     with engine.accelerator.local_main_process_first():
         source = open_data(report)
-    plan = _plan(config, shape, source)
-    saved, where = starting_point(folder, config.init.resume, report)
+    plan = make_plan(config, shape, source)
+    saved, where = starting_point(folder, config, report)
     start = saved.step if saved else 0
+    if saved:
+        refuse_other_data(saved, source, where=where)
     if start >= plan.steps:
-        report.say(f"{folder} is finished: step {start:,} of {plan.steps:,}. A larger length goes on; run.name=... starts anew")
+        finished = f"{where} is finished: step {start:,} of {plan.steps:,}. A larger length goes on"
+        if where != folder:
+            raise ConfigError(f"init.resume={where}: nothing is left to do, {finished}")
+        report.say(f"{finished}; run.name=... starts anew")
         return None
     if engine.main:
+        occupy(folder)
         begin(folder, config, plan, step=start)
     dist.barrier()
     report.pairs(f"plan of {folder}", plan.lines())
@@ -157,16 +169,6 @@ def begin_session(
         load_optimizer(engine, saved, where=where)
     else:
         create_optimizer(engine)
-    report.trackers = engine.trackers(_settings(config))
+    report.trackers = engine.trackers(flat(config.model_dump(mode="json")))
     lanes = saved.facts["lanes"] if saved else plan.lanes
-    return Session(config, engine, plan, source, report, start=start, lanes=lanes)
-
-
-def _plan(config: ProgramConfig, shape: Task, source: Source) -> Plan:
-    workers = choose_workers(config.data, device=choose_device(config.launch))
-    return make_plan(config, shape, samples=source.num_samples, lanes=choose_lanes(source, config.data), workers=workers)
-
-
-def _settings(config: ProgramConfig) -> dict[str, Any]:
-    """The resolved config, a line a key, as trackers take it."""
-    return dict(line.split(": ", 1) if ": " in line else (line, "") for line in dump(config).splitlines())
+    return Session(config, engine, plan, source, report, start=start, lanes=lanes, saved=start)

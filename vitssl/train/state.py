@@ -4,6 +4,7 @@ Names are the task's own, so a run saved under one engine continues under anothe
 replicated and AdamW's moments live in flat partitions; DeepSpeed's public per-parameter functions put them together.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,13 +48,13 @@ def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
     return saved
 
 
-def load_task(task: Task, saved: Saved, *, where: str) -> None:
+def load_task(task: Task, saved: Saved, *, where: Path) -> None:
     """Put a saved state into a task, strictly, before the engine wraps it. Raises CheckpointError with a table of keys."""
     require_fit(saved.state, task.state_dict(), model=f"the configured network (checkpoint in {where})")
     task.load_state_dict(saved.state, strict=True)
 
 
-def load_optimizer(engine: Engine, saved: Saved, *, where: str) -> None:
+def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
     """Put saved moments and the update count into a prepared engine's optimiser."""
     names = {f"{moment}/{name}" for name in engine.named_parameters for moment in MOMENTS}
     if names != set(saved.moments):

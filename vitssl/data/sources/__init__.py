@@ -3,6 +3,7 @@
 All keep the contract of :class:`Source`. Adding a source is one file here and one line in :func:`open_source`.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +13,21 @@ from vitssl.data import demo
 from vitssl.data.sources.base import Raw, Source
 from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.shards import ShardSource, find_shards, is_shard
-from vitssl.data.sources.subset import Subset, take_labelled
+from vitssl.data.sources.subset import Subset, label_like, take_labelled
+from vitssl.data.tarscan import IMAGES
 from vitssl.errors import ConfigError, DataError
 
-__all__ = ["FolderSource", "Raw", "ShardSource", "Source", "Subset", "find_shards", "open_source", "take_labelled"]
+__all__ = [
+    "FolderSource",
+    "Raw",
+    "ShardSource",
+    "Source",
+    "Subset",
+    "find_shards",
+    "label_like",
+    "open_source",
+    "take_labelled",
+]
 
 Kind = Literal["auto", "shards", "folder", "demo"]
 
@@ -34,18 +46,33 @@ def open_source(
     opens its ``train`` (default) or ``test`` split. ``progress(done, all)`` counts shards indexed (demo: also images drawn).
     Raises ConfigError, and DataError where something is missing, empty or damaged.
     """
-    path = [os.fspath(each) for each in path] if isinstance(path, list | tuple) else os.fspath(path)
+    path = [_at_home(each) for each in path] if isinstance(path, list | tuple) else _at_home(path)
     if kind == "demo":
         if not isinstance(path, str):
-            raise ConfigError(f"the demo is rendered into one folder, but data.path lists {len(path)}; name one folder")
+            raise ConfigError(f"the demo is rendered into one folder, but the path lists {len(path)}; name one folder")
         demo.render(Path(path), progress=progress)
         split = split or "train"
     if split is not None:
         path = _split(path, split)
     if kind == "auto":
-        is_images = isinstance(path, str) and os.path.isdir(path) and not any(map(is_shard, os.listdir(path)))
-        kind = "folder" if is_images else "shards"
+        kind = _kind(path)
     return FolderSource(path) if kind == "folder" else ShardSource(path, progress=progress)
+
+
+def _at_home(path: str | os.PathLike) -> str:
+    return os.path.expanduser(os.fspath(path))
+
+
+def _kind(path: str | list[str]) -> Literal["shards", "folder"]:
+    if not (isinstance(path, str) and os.path.isdir(path)):
+        return "shards"
+    files = [os.path.join(path, name) for name in os.listdir(path) if not name.startswith(".")]
+    if not any(is_shard(os.path.basename(file)) for file in files):
+        return "folder"
+    inside = itertools.chain.from_iterable(os.listdir(file) for file in files if os.path.isdir(file))
+    if any(name.rpartition(".")[2].lower() in IMAGES for name in itertools.chain(files, inside)):
+        raise ConfigError(f"{path}: holds tar shards and images; say which are meant with kind=shards or kind=folder")
+    return "shards"
 
 
 def _split(path: str | list[str], split: str) -> str | list[str]:

@@ -4,7 +4,8 @@ In what order they are read is not a source's business (:mod:`vitssl.data.order`
 lazily, so a worker process is handed one as it is.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +21,14 @@ class Raw(NamedTuple):
     where: str
 
 
+def fingerprint(parts: Iterable[str | bytes]) -> str:
+    """A hash of what tells a source's samples apart, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update((part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")) + b"\0")
+    return digest.hexdigest()
+
+
 class Source(Protocol):
     """Images somewhere. ``chunks`` [C] int64 counts the samples of each chunk: chunk c holds ``counts[c]`` consecutive ids."""
 
@@ -27,7 +36,9 @@ class Source(Protocol):
     num_samples: int
     chunks: NDArray[np.int64]
     labels: bool  # whether every sample has a label
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...] | None  # names of the labels, where they have any
+    ignored: int  # files or members that are no part of any sample
+    fingerprint: str  # equal for equal samples under equal ids, wherever they lie: what a continued run compares
 
     def read(self, ids: Sequence[int]) -> list[Raw]:
         """The samples of these ids, in this order. Raises DataError where one cannot be read."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Raw
+from vitssl.data.sources.base import Raw, fingerprint
 from vitssl.data.tarscan import IMAGES
 from vitssl.errors import DataError
 
@@ -24,7 +24,7 @@ class FolderSource:
     def __init__(self, path: str | os.PathLike) -> None:
         self.name = os.fspath(path)
         if not os.path.isdir(path):
-            raise DataError(f"{self.name}: is not a folder; correct data.path")
+            raise DataError(f"{self.name}: is not a folder; correct the path")
         files = sorted(_files(self.name, set()), key=lambda file: file.split("/"))
         images = [file for file in files if file.rpartition(".")[2].lower() in IMAGES]
         self.ignored = len(files) - len(images)
@@ -41,6 +41,7 @@ class FolderSource:
             names, labels = np.unique([file.partition("/")[0] for file in images], return_inverse=True)
             self.classes, self._labels = tuple(names.tolist()), labels.astype(np.int64)
         self.labels = self.classes is not None
+        self.fingerprint = fingerprint(images)
 
     def read(self, ids: Sequence[int]) -> list[Raw]:
         """The samples of these ids, in this order. Raises DataError where a file is gone."""

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.index import ShardIndex, index_shards
+from vitssl.data.index import SUFFIX, ShardIndex, index_shards
 from vitssl.data.order import default_chunk
-from vitssl.data.sources.base import Raw
+from vitssl.data.sources.base import Raw, fingerprint
 from vitssl.errors import ConfigError, DataError
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones too: refused, not overlooked
@@ -37,8 +37,9 @@ class ShardSource:
         self.num_samples = int(counts.sum())
         self.num_unlabelled = sum(shard.num_unlabelled for shard in self.shards)
         self.ignored = sum(shard.ignored for shard in self.shards)
+        self.fingerprint = fingerprint(shard.identity for shard in self.shards)
         self.labels = self.num_unlabelled == 0
-        self.classes = _classes([shard.shard for shard in self.shards]) if self.labels else None
+        self.classes = self._class_names() if self.labels else None
         self.chunks = _chunks(counts, default_chunk(self.num_samples))
         self._starts = np.cumsum(counts) - counts
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -53,6 +54,20 @@ class ShardSource:
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every sample has one (``num_unlabelled`` counts those that have none)."""
         return np.concatenate([shard.records["label"] for shard in self.shards]) if self.labels else None
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        """The class names of the ``about.json`` beside the shards, where there is one."""
+        about = os.path.join(os.path.dirname(self.shards[0].shard), "about.json")
+        try:
+            with open(about, encoding="utf-8") as file:
+                classes = json.load(file)["classes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not isinstance(classes, list):
+            return None
+        if (largest := int(self.label_array().max())) >= len(classes):
+            raise DataError(f"{about}: names {len(classes)} classes, and there is a label {largest}; correct it or remove it")
+        return tuple(map(str, classes))
 
     def _read(self, number: int, place: int) -> Raw:
         shard = self.shards[number]
@@ -90,7 +105,7 @@ def find_shards(path: str | Sequence[str]) -> list[str]:
     if isinstance(path, str):
         return _expand(path)
     if not path:
-        raise ConfigError("data.path is an empty list; name at least one shard")
+        raise ConfigError("the list of shards is empty; name at least one")
     return [shard for each in path for shard in _expand(each)]
 
 
@@ -104,23 +119,22 @@ def _expand(pattern: str) -> list[str]:
         raise ConfigError(
             f"{pattern!r}: shards are read from local disks only, no url and no pipe; copy them and name their path"
         )
-    path = os.path.expanduser(pattern)
-    if os.path.isdir(path):
-        shards = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_shard(name)]
+    if os.path.isdir(pattern):
+        shards = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name)]
         if not shards:
-            raise DataError(f"{pattern}: this folder holds no tar shards ({_holds(path)}); correct data.path")
+            raise DataError(f"{pattern}: this folder holds no tar shards ({_holds(pattern)}); correct the path")
         return shards
-    if os.path.exists(path):
-        return [path]
+    if os.path.exists(pattern):
+        return [pattern]
     from webdataset.shardlists import expand_urls  # imports torch's data loading: only where a pattern is to be expanded
 
     try:
-        expanded = expand_urls(path)
+        expanded = expand_urls(pattern)
     except ValueError as error:
         raise ConfigError(f"{pattern!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
     shards, missing = [], []
     for each in expanded:
-        found = [each] if os.path.isfile(each) else sorted(glob.glob(each))
+        found = [each] if os.path.isfile(each) else sorted(name for name in glob.glob(each) if not name.endswith(SUFFIX))
         shards += found
         missing += [] if found else [each]
     if missing:
@@ -128,7 +142,7 @@ def _expand(pattern: str) -> list[str]:
         what = "nothing is there"
         if len(expanded) > 1:
             what = f"{len(missing)} of {len(expanded)} shards are missing, the first is {missing[0]}"
-        raise DataError(f"{pattern}: {what}; {folder} {_holds(folder)}: correct data.path")
+        raise DataError(f"{pattern}: {what}; {folder} {_holds(folder)}: correct the path")
     return shards
 
 
@@ -149,16 +163,6 @@ def _chunks(counts: NDArray, size: int) -> NDArray[np.int64]:
     shard = np.repeat(np.arange(len(counts)), pieces)
     place = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return counts[shard] * (place + 1) // pieces[shard] - counts[shard] * place // pieces[shard]
-
-
-def _classes(shards: list[str]) -> tuple[str, ...] | None:
-    """The class names of the ``about.json`` beside the shards, where there is one: for display, never for decisions."""
-    try:
-        with open(os.path.join(os.path.dirname(shards[0]), "about.json"), encoding="utf-8") as file:
-            classes = json.load(file)["classes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return tuple(map(str, classes)) if isinstance(classes, list) else None
 
 
 def _shortened(paths: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A choice of a source's samples, itself a source; and the class-balanced choice that few-label fine-tuning trains on."""
+"""Sources made of another: a choice of its samples (balanced, for few labels), and its labels under another's numbers."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vitssl import draws
-from vitssl.data.sources.base import Raw, Source
+from vitssl.data.sources.base import Raw, Source, fingerprint
 from vitssl.errors import DataError
 from vitssl.views import purpose
 
@@ -21,7 +21,8 @@ class Subset:
         if not self.num_samples:
             raise DataError(f"{source.name}: no sample was chosen of {source.num_samples:,}; choose at least one")
         self.name = f"{self.num_samples:,} samples of {source.name}"
-        self.labels, self.classes = source.labels, source.classes
+        self.labels, self.classes, self.ignored = source.labels, source.classes, source.ignored
+        self.fingerprint = fingerprint([source.fingerprint, self.ids.tobytes()])
         size = -(-self.num_samples // 2_000_000)
         self.chunks = np.diff(np.append(np.arange(0, self.num_samples, size), self.num_samples))
 
@@ -33,6 +34,46 @@ class Subset:
         """[N] labels, or None unless every sample of the source has one."""
         labels = self.source.label_array()
         return None if labels is None else labels[self.ids]
+
+
+class Renumbered:
+    """``source`` with label ``n`` given as ``numbers[n]``; ``classes`` are the names under the new numbers."""
+
+    def __init__(self, source: Source, numbers: Sequence[int], classes: tuple[str, ...]) -> None:
+        self.source, self.numbers, self.classes = source, np.asarray(numbers, dtype=np.int64), classes
+        self.name, self.num_samples, self.chunks = source.name, source.num_samples, source.chunks
+        self.labels, self.ignored, self.fingerprint = source.labels, source.ignored, source.fingerprint
+
+    def read(self, ids: Sequence[int]) -> list[Raw]:
+        """The samples of these ids, in this order."""
+        return [raw._replace(label=int(self.numbers[raw.label])) for raw in self.source.read(ids)]
+
+    def label_array(self) -> NDArray[np.int64]:
+        """[N] labels."""
+        return self.numbers[self.source.label_array()]
+
+
+def label_like(source: Source, model: Source) -> Source:
+    """``source`` with its labels under the numbers that ``model`` has for the same names; as it is where names are unknown.
+
+    Raises DataError for missing labels, and for a class that ``model`` does not have.
+    """
+    labels, known = source.label_array(), model.label_array()
+    for each, found in ((source, labels), (model, known)):
+        if found is None:
+            raise DataError(f"{each.name}: needs a label for every image here (.cls members, or class folders)")
+    if source.classes and model.classes:
+        unknown = [source.classes[label] for label in np.unique(labels) if source.classes[label] not in model.classes]
+        if unknown:
+            names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+            raise DataError(f"{source.name}: {len(unknown)} classes are not among those of {model.name}: {names}; correct one")
+        if source.classes == model.classes:
+            return source
+        numbers = [model.classes.index(name) if name in model.classes else -1 for name in source.classes]
+        return Renumbered(source, numbers, model.classes)
+    if labels.max() > known.max():
+        raise DataError(f"{source.name}: has label {labels.max()}, {model.name} has 0 to {known.max()}; correct one")
+    return source
 
 
 def take_labelled(source: Source, *, num: int, seed: int) -> Subset:

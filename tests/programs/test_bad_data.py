@@ -1,0 +1,105 @@
+"""Images and shards that are missing, damaged, or not those the run was begun with: named in one line, and no step is lost."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from outcome import refused
+
+
+def test_other_data_than_the_runs(pretrain: Callable, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    argv = [f"data.path={tmp_path / 'data'}", "checkpoint.every=10"]
+    pretrain(tmp_path / "run", *argv).ok()
+    shutil.copy(tmp_path / "data/test-0.tar", tmp_path / "data/train-9.tar")
+    run = pretrain(tmp_path / "run", *argv, "length=30")
+    refused(run, "is not the data that", "was begun on (60 images then, 76 now)", "put it back")
+    (tmp_path / "data/train-9.tar").unlink()
+    shutil.copy(tmp_path / "data/train-0.tar", tmp_path / "data/train-2.tar")
+    refused(pretrain(tmp_path / "run", *argv, "length=30"), "(other images, as many as then)")
+    shutil.copy(data / "train-2.tar", tmp_path / "data/train-2.tar")
+    assert "from step 20" in pretrain(tmp_path / "run", *argv, "length=30").ok().out
+
+
+def drop(folder: Path) -> None:
+    for path in folder.glob("train-*.tar"):
+        path.unlink()
+
+
+def cut(folder: Path) -> None:
+    content = (folder / "train-1.tar").read_bytes()
+    (folder / "train-1.tar").write_bytes(content[: len(content) // 2 + 100])
+
+
+def scribble(folder: Path) -> None:
+    """Overwrite the image of key 0027, after its header."""
+    content = (folder / "train-1.tar").read_bytes()
+    start = content.index(b"0027.jpg") + 512
+    (folder / "train-1.tar").write_bytes(content[:start] + b"x" * 200 + content[start + 200 :])
+
+
+FILES = {
+    "no shards": (drop, "data.split=train", ["train", "test-0.tar"]),
+    "a pattern that meets nothing": (None, "data.path={data}/train-{{7..9}}.tar", ["train-7.tar", "test-0.tar to train-2.tar"]),
+    "an empty tar": (lambda folder: (folder / "train-2.tar").write_bytes(b""), "", ["train-2.tar: is an empty file"]),
+    "a truncated tar": (cut, "", ["train-1.tar: is truncated or damaged", "byte"]),
+    "an image that does not decode": (scribble, "", ["train-1.tar", "0027"]),
+    "no such folder": (None, "data.path=/no/where", ["/no/where"]),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("case", FILES)
+def test_data_that_cannot_be_read(pretrain: Callable, data: Path, tmp_path: Path, case: str, workers: int) -> None:
+    damage, setting, words = FILES[case]
+    shutil.copytree(data, tmp_path / "data")
+    if damage:
+        damage(tmp_path / "data")
+    argv = [f"data.path={tmp_path / 'data'}", *([setting.format(data=data)] if setting else [])]
+    argv += ["data.split=null"] if "data.path" in setting else []
+    refused(pretrain(tmp_path / "run", *argv, f"data.workers={workers}"), *words)
+
+
+RUINED_IMAGE = """
+import os
+from vitssl.data import transforms
+from vitssl.errors import DataError
+real, count = transforms.decode, [0]
+def decode(*arguments):
+    count[0] += 1
+    if os.environ.get("RANK", "1") == "1" and count[0] > {after}:
+        raise DataError("train-0.tar: 0007 does not decode")
+    return real(*arguments)
+transforms.decode = decode
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_image_met_on_the_way_costs_no_step(
+    pretrain: Callable, exported, tmp_path: Path, processes: int, accumulation: int
+) -> None:
+    """Every process learns of it before the step that has no batch, saves the one before it, and says the same."""
+    share = 8 // processes
+    argv = ["heldout.every=100", "checkpoint.every=100", f"micro_batch={share // accumulation}"]
+    trap = RUINED_IMAGE.format(after=9 * share + share // 2)
+    run = pretrain(tmp_path / "run", *argv, processes=processes, trap=trap)
+    assert run.codes == [2] * processes
+    said = [err.read_text() for _, err in run.files]
+    assert said[0] == "error: train-0.tar: 0007 does not decode\n"
+    assert said[1:] == ["error in process 1: train-0.tar: 0007 does not decode\n"][: processes - 1]
+    assert [path.name for path in run.checkpoints()] == ["step_00000009"] and len(run.losses()) == 9
+    again = pretrain(tmp_path / "run", *argv, processes=processes).ok()
+    assert "from step 9" in again.out and again.losses() == pytest.approx(exported.losses(), rel=1e-5)
+
+
+def test_a_test_image_that_does_not_decode_costs_no_step(finetune: Callable, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    content = (tmp_path / "data/test-0.tar").read_bytes()
+    start = content.index(b"0066.jpg") + 512
+    (tmp_path / "data/test-0.tar").write_bytes(content[:start] + b"x" * 200 + content[start + 200 :])
+    run = finetune(tmp_path / "run", f"test.path={tmp_path / 'data'}", "test.every=4", "checkpoint.every=100")
+    refused(run, "test-0.tar: 0066.jpg", "replace it or take it out")
+    assert [path.name for path in run.checkpoints()] == ["step_00000004"]
+    assert "from step 4" in finetune(tmp_path / "run").ok().out
