@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
+_CACHED = 1 << 15  # numbers hashed at a time: with what lies between they stay in a core's cache
 _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)
 
@@ -30,7 +31,9 @@ def uniform(seed: int, purpose: int, positions: Tensor, num: int) -> Tensor:
 
 def permutation(seed: int, purpose: int, size: int) -> Tensor:
     """[size] int64: a permutation of ``range(size)``, the order of the hashes of its members."""
-    keys = hashed(seed, purpose, torch.arange(size), 1)[:, 0]
+    members, keys = torch.arange(size), torch.empty(size, dtype=torch.int64)
+    for some, own in zip(members.split(_CACHED), keys.split(_CACHED), strict=True):
+        own.copy_(hashed(seed, purpose, some, 1)[:, 0])
     return torch.argsort(keys, stable=True)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from vitssl.data import index, tarscan
-from vitssl.data.index import build_index, index_shards, load_index
+from vitssl.data.index import build_index, load_index
+from vitssl.data.manifest import index_shards
 from vitssl.errors import DataError
 
 
@@ -71,7 +72,7 @@ def test_sidecar_is_read_back_and_rebuilt_when_the_shard_changes(tmp_path: Path,
     assert loaded.identity == built.identity and np.array_equal(loaded.records, built.records)
     write_tar(tmp_path / "s.tar", {"a.png": b"A", "c.png": b"C"})  # as long as before
     assert load_index(shard) is None
-    assert index_shards([shard])[0].records["key"].tolist() == [b"a", b"c"]
+    assert index_shards([shard]).open(0).records["key"].tolist() == [b"a", b"c"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_damaged_or_foreign_sidecar_is_rebuilt(tmp_path: Path, write_tar: Call
     good = sidecar.read_bytes()
     sidecar.write_bytes(damage(good))
     assert load_index(shard) is None
-    assert index_shards([shard])[0].num_samples == 1
+    assert index_shards([shard]).rows["samples"].tolist() == [1]
     assert sidecar.read_bytes() == good
 
 
@@ -119,19 +120,6 @@ def test_pickle_is_small_and_reads_the_sidecar_again(tmp_path: Path, write_tar: 
     index_shards([shard])
     with pytest.raises(DataError, match=r"the index changed while in use; leave the shards alone"):
         _ = pickle.loads(packed).records
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_many_shards_in_order_with_progress(tmp_path: Path, write_tar: Callable, processes: int) -> None:
-    shards = [write_tar(tmp_path / f"{number}.tar", {f"{number}.png": b"x"}) for number in range(6)]
-    build_index(shards[2])
-    calls = []
-    found = index_shards(shards, progress=lambda done, total: calls.append((done, total)), processes=processes)
-    assert [one.records["key"][0] for one in found] == [str(number).encode() for number in range(6)]
-    assert calls == [(done, 6) for done in range(1, 7)]
-    (tmp_path / "5.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"5\.tar: is an empty file"):
-        index_shards([str(tmp_path / "5.tar"), *(write_tar(tmp_path / f"n{n}.tar", {"a.png": b""}) for n in range(4))])
 
 
 def _compress(path: Path) -> None:

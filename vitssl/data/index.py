@@ -9,13 +9,8 @@ cut exactly between two members looks just like that and would lose samples with
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +22,6 @@ VERSION = 1
 SUFFIX = ".index"  # of a sidecar, after the name of its shard
 NO_LABEL = np.iinfo(np.int64).min
 _ENDS = 64 << 10  # bytes at each end of a shard that go into its identity
-_POOL_FROM = 4  # shards to scan from which starting processes pays
 
 
 @dataclass
@@ -63,38 +57,12 @@ def record_type(key_bytes: int) -> np.dtype:
     return np.dtype(fields)
 
 
-def index_shards(
-    shards: Sequence[str], *, progress: Callable[[int, int], None] | None = None, processes: int | None = None
-) -> list[ShardIndex]:
-    """The index of every shard, in order: read from its sidecar, or built and written where that is missing or stale.
-
-    ``progress(shards done, shards in all)`` is called as they finish; ``processes`` (default: one per CPU, at most 16) scan
-    side by side. Raises DataError naming the shard: empty, truncated, compressed, damaged, a sample without an image, a bad
-    label.
-    """
-    found = [load_index(shard) for shard in shards]
-    missing = [number for number, index in enumerate(found) if index is None]
-    processes = min(processes or os.cpu_count() or 1, len(missing), 16)
-    names = [shards[number] for number in missing]
-    if progress is not None:
-        progress(len(shards) - len(missing), len(shards))
-    if processes > 1 and len(missing) >= _POOL_FROM:
-        # Fork: the children only read tars with numpy, and starting afresh would import the program again.
-        context = multiprocessing.get_context("fork")
-        ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(processes, mp_context=context, initializer=ignore_interrupt) as pool:
-            _fill(found, missing, pool.map(build_index, names), progress)
-    else:
-        _fill(found, missing, map(build_index, names), progress)
-    return found
-
-
-def load_index(shard: str) -> ShardIndex | None:
-    """The index in the shard's sidecar, or None where there is none that belongs to these bytes."""
+def load_index(shard: str, *, identity: str | None = None) -> ShardIndex | None:
+    """The index in the shard's sidecar, or None where there is none of this ``identity`` (default: that of its bytes)."""
     sidecars = [path for path in _sidecars(shard) if path.exists()]
-    if not sidecars:
+    if not sidecars or (identity is None and not os.path.exists(shard)):
         return None
-    identity = _identity(shard)
+    identity = identity or _identity(shard)
     for path in sidecars:
         index = _read(path, shard=shard)
         if index is not None and index.identity == identity:
@@ -131,18 +99,27 @@ def build_index(shard: str) -> ShardIndex:
     return index
 
 
-def _fill(found: list, missing: list[int], built: "map[ShardIndex]", progress: Callable[[int, int], None] | None) -> None:
-    for done, (number, index) in enumerate(zip(missing, built, strict=True), start=1):
-        found[number] = index
-        if progress is not None:
-            progress(len(found) - len(missing) + done, len(found))
-
-
 def _sidecars(shard: str) -> tuple[Path, Path]:
     """Where a shard's sidecar may lie, in order of preference."""
+    return Path(f"{shard}{SUFFIX}"), cached(shard, SUFFIX)
+
+
+def cached(path: str, suffix: str) -> Path:
+    """Where the cache keeps what belongs to a path."""
     cache = Path(os.environ.get("VITSSL_CACHE") or "~/.cache/vitssl").expanduser()
-    place = hashlib.blake2b(os.path.abspath(shard).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return Path(f"{shard}{SUFFIX}"), cache / "index" / f"{place}{SUFFIX}"
+    place = hashlib.blake2b(os.path.abspath(path).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return cache / "index" / f"{place}{suffix}"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: a reader sees a whole file or none. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _identity(shard: str) -> str:
@@ -154,16 +131,9 @@ def _identity(shard: str) -> str:
 
 
 def _write(index: ShardIndex, path: Path) -> None:
-    """Write under a temporary name, then rename: a reader sees a whole sidecar or none."""
     head = {"format": "vitssl-index", "version": VERSION}
     head |= {key: value for key, value in vars(index).items() if key not in ("shard", "sidecar", "_records")}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(json.dumps(head).encode() + b"\n" + index.records.tobytes())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, json.dumps(head).encode() + b"\n" + index.records.tobytes())
 
 
 def _read(path: Path, *, shard: str) -> ShardIndex | None:

@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.index import SUFFIX, ShardIndex, index_shards
+from vitssl.data.index import SUFFIX, ShardIndex
+from vitssl.data.manifest import NAME, index_shards
 from vitssl.data.order import default_chunk
 from vitssl.data.sources.base import Raw, fingerprint
 from vitssl.errors import ConfigError, DataError
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones too: refused, not overlooked
 _OPEN = 128  # descriptors a process keeps
+_MAPPED = 1024  # sidecars it keeps mapped
 
 
 class ShardSource:
@@ -32,17 +34,18 @@ class ShardSource:
 
     def __init__(self, path: str | Sequence[str], *, progress: Callable[[int, int], None] | None = None) -> None:
         self.name = path if isinstance(path, str) else _shortened(path)
-        self.shards: list[ShardIndex] = index_shards(find_shards(path), progress=progress)
-        counts = np.array([shard.num_samples for shard in self.shards], dtype=np.int64)
-        self.num_samples = int(counts.sum())
-        self.num_unlabelled = sum(shard.num_unlabelled for shard in self.shards)
-        self.ignored = sum(shard.ignored for shard in self.shards)
-        self.fingerprint = fingerprint(shard.identity for shard in self.shards)
+        self.manifest = index_shards(find_shards(path), progress=progress)
+        rows = self.manifest.rows
+        counts = rows["samples"]
+        self.num_samples, self.ignored = int(counts.sum()), int(rows["ignored"].sum())
+        self.num_unlabelled = int(rows["unlabelled"].sum())
+        self.fingerprint = fingerprint(rows["identity"].tolist())
         self.labels = self.num_unlabelled == 0
         self.classes = self._class_names() if self.labels else None
         self.chunks = _chunks(counts, default_chunk(self.num_samples))
         self._starts = np.cumsum(counts) - counts
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def read(self, ids: Sequence[int]) -> list[Raw]:
         """The samples of these ids, in this order. Raises DataError where a shard is gone or shorter than its index says."""
@@ -53,11 +56,13 @@ class ShardSource:
 
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every sample has one (``num_unlabelled`` counts those that have none)."""
-        return np.concatenate([shard.records["label"] for shard in self.shards]) if self.labels else None
+        if not self.labels:
+            return None
+        return np.concatenate([self.manifest.open(number).records["label"] for number in range(len(self.manifest.shards))])
 
     def _class_names(self) -> tuple[str, ...] | None:
         """The class names of the ``about.json`` beside the shards, where there is one."""
-        about = os.path.join(os.path.dirname(self.shards[0].shard), "about.json")
+        about = os.path.join(os.path.dirname(self.manifest.shards[0]), "about.json")
         try:
             with open(about, encoding="utf-8") as file:
                 classes = json.load(file)["classes"]
@@ -70,7 +75,7 @@ class ShardSource:
         return tuple(map(str, classes))
 
     def _read(self, number: int, place: int) -> Raw:
-        shard = self.shards[number]
+        shard = self._index(number)
         key, offset, length, label, extension = shard.records[place].tolist()
         key = key.decode("utf-8", "replace")
         where = f"{shard.shard}: {key}.{extension.decode()} (byte {offset:,})"
@@ -84,16 +89,24 @@ class ShardSource:
             raise DataError(f"{where}: the shard ends before this image does; it changed since the run started: restore it")
         return Raw(key=key, image=image, label=label if label >= 0 else None, where=where)
 
+    def _index(self, number: int) -> ShardIndex:
+        if number not in self._indexes:
+            self._indexes[number] = self.manifest.open(number)
+            if len(self._indexes) > _MAPPED:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(number)
+        return self._indexes[number]
+
     def _descriptor(self, number: int) -> int:
         if number not in self._files:
-            self._files[number] = os.open(self.shards[number].shard, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[number] = os.open(self.manifest.shards[number], os.O_RDONLY | os.O_CLOEXEC)
             if len(self._files) > _OPEN:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(number)
         return self._files[number]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": OrderedDict()}
+        return self.__dict__ | {"_files": OrderedDict(), "_indexes": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
@@ -112,6 +125,11 @@ def find_shards(path: str | Sequence[str]) -> list[str]:
 def is_shard(name: str) -> bool:
     """Whether a file name is that of a tar."""
     return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def _may_be_shard(path: str) -> bool:
+    """Whether a path that a pattern met is none of the files that indexing leaves beside shards."""
+    return not (path.endswith(SUFFIX) or os.path.basename(path) == NAME)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -134,7 +152,7 @@ def _expand(pattern: str) -> list[str]:
         raise ConfigError(f"{pattern!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
     shards, missing = [], []
     for each in expanded:
-        found = [each] if os.path.isfile(each) else sorted(name for name in glob.glob(each) if not name.endswith(SUFFIX))
+        found = [each] if os.path.isfile(each) else sorted(filter(_may_be_shard, glob.glob(each)))
         shards += found
         missing += [] if found else [each]
     if missing:

@@ -1,0 +1,53 @@
+"""The tools as the processes that people start."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def vitssl(*argv: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "import sys; from vitssl.cli import entry; sys.exit(entry())", *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | env)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    for number in range(5):
+        with tarfile.open(tmp_path / f"s-{number}.tar", "w") as tar:
+            for key in range(number + 1):
+                tar.addfile(tarfile.TarInfo(f"{key}.jpg"))
+            tar.addfile(tarfile.TarInfo("README"))
+    return tmp_path
+
+
+def test_index_counts_and_leaves_a_manifest(shards: Path) -> None:
+    for _ in range(2):
+        done = vitssl("index", str(shards / "s-{0..3}.tar"), str(shards / "s-4.tar"), "--processes", "2")
+        assert done.returncode == 0 and done.stderr == ""
+        assert "5 shards, 0.00 GiB" in done.stdout and "15, no labels" in done.stdout and "1 to 5" in done.stdout
+        assert "5 other members" in done.stdout
+    assert (shards / "vitssl.manifest").exists() and len(list(shards.glob("*.tar.index"))) == 5
+
+
+def test_what_cannot_be_is_one_line(shards: Path) -> None:
+    (shards / "s-2.tar").write_bytes(b"")
+    for argv, words in (
+        (["index", str(shards)], "s-2.tar: is an empty file"),
+        (["index", "/nowhere"], "/nowhere: nothing is there"),
+    ):
+        done = vitssl(*argv)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, vitssl.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "index" in done.stdout, done.stderr
