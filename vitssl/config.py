@@ -114,7 +114,7 @@ def describe(model: type[Section], prefix: str = "") -> list[tuple[str, str, str
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
         inner = _section_of(field.annotation)
-        if inner is not None:
+        if inner is not None and get_origin(field.annotation) is not list:
             rows += describe(inner, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else field.get_default(call_default_factory=True)

@@ -55,10 +55,16 @@ class SourceConfig(Section):
     split: str | None = Field(None, description="sub-folder, or prefix of the shards' names, such as train")
 
 
+class WeightedConfig(SourceConfig):
+    weight: Positive = Field(1.0, description="its share of the samples, against the others' weights")
+
+
 class DataConfig(SourceConfig):
+    sources: list[WeightedConfig] = Field([], description="instead of path: several, mixed as [{path: ..., weight: 2}, ...]")
     workers: NonNegativeInt | None = Field(None, description="loader processes per training process; null: by spare cores")
     lanes: Count | None = Field(None, description="cuts through the epoch that a batch draws from; null: by size")
     window: Count = Field(1024, description="samples of a lane that are shuffled together")
+    ledger: bool = Field(False, description="write position and key of every sample trained on to ledger/ of the run")
     mean: tuple[float, ...] | None = Field(None, description="per channel, in units of [0, 1]; null: the encoder's own")
     std: tuple[Positive, ...] | None = Field(None, description="per channel, in units of [0, 1]; null: the encoder's own")
 
@@ -116,5 +122,18 @@ class ProgramConfig(Section):
     init: InitConfig = InitConfig()
 
 
-CHANGEABLE = ("length", "launch", "log", "checkpoint", "run", "micro_batch", "data.workers", "probe", "heldout", "test", "init")
+CHANGEABLE = (
+    "length",
+    "launch",
+    "log",
+    "checkpoint",
+    "run",
+    "micro_batch",
+    "data.workers",
+    "data.ledger",
+    "probe",
+    "heldout",
+    "test",
+    "init",
+)
 """Keys that may differ between a run and its continuation: they change no sample, no draw and no update rule."""

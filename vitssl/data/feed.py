@@ -1,25 +1,34 @@
 """From the config's data sections to samples and batches: the one place that chooses orders, lanes and workers."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from vitssl import dist
+from vitssl import dist, draws
 from vitssl.data.loader import Samples, evaluation_batches
+from vitssl.data.mixture import MixedOrder
 from vitssl.data.order import Order, default_lanes
-from vitssl.data.sources import Source, Subset, open_source
+from vitssl.data.sources import Joined, Source, Subset, open_source
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError, UserError
 from vitssl.sections import DataConfig, SourceConfig
 from vitssl.task import Batch
-from vitssl.views import View
+from vitssl.views import View, purpose
+
+_PART = purpose("order of a part")
 
 Progress = Callable[[int, int], None]
 
 
 def open_configured(config: SourceConfig, *, key: str, progress: Progress | None = None) -> Source:
     """The source a config section names; ``key`` is the section, for messages. Raises ConfigError and DataError."""
+    mixed = getattr(config, "sources", [])
+    if mixed and (config.path is not None or config.split is not None):
+        raise ConfigError(f"{key}.path and {key}.sources are both given; keep one of them")
+    if mixed:
+        parts = [open_configured(each, key=f"{key}.sources.{n}", progress=progress) for n, each in enumerate(mixed)]
+        return Joined(parts, [each.weight for each in mixed])
     if config.path is None:
         raise ConfigError(
             f"{key}.path: has no value; name your images, as in {key}.path=/my/photos or {key}.path='my-{{00..99}}.tar'"
@@ -36,14 +45,17 @@ def training_samples(
     views: Iterable[View],
     *,
     seed: int,
-    lanes: int | None = None,
+    lanes: Sequence[int],
     channels: int,
     labels: bool = False,
     augment: Augment | None = None,
 ) -> Samples:
-    """Samples in the run's shuffled order; ``lanes`` are those a continued run was started with."""
-    lanes = lanes or choose_lanes(source, config)
-    order = Order(source.chunks, seed=seed, lanes=lanes, window=config.window)
+    """Samples in the run's shuffled order; ``lanes`` are those of each part that the run was started with."""
+    parts = source.parts if isinstance(source, Joined) else [source]
+    seeds = [seed, *(draws.fold(seed, _PART, number) for number in range(1, len(parts)))]
+    options = zip(parts, lanes, seeds, strict=True)
+    orders = [Order(part.chunks, seed=own, lanes=count, window=config.window) for part, count, own in options]
+    order = MixedOrder(orders, source.weights, seed=seed) if isinstance(source, Joined) else orders[0]
     return Samples(source, order, views, seed=seed, channels=channels, labels=labels, augment=augment)
 
 
@@ -65,11 +77,14 @@ def share(samples: Samples, *, batch_size: int = 128, workers: int = 0) -> Itera
     return evaluation_batches(samples, batch_size=batch_size, rank=dist.rank(), world=dist.world(), workers=workers)
 
 
-def choose_lanes(source: Source, config: DataConfig) -> int:
-    """The config's lanes, else by the number of samples alone, so that any number of processes trains the same run."""
-    if config.lanes is not None and config.lanes > source.num_samples:
-        raise ConfigError(f"data.lanes={config.lanes}: there are only {source.num_samples:,} samples; take fewer, or null")
-    return config.lanes or default_lanes(source.num_samples)
+def choose_lanes(source: Source, config: DataConfig) -> list[int]:
+    """Of each part: the config's lanes, else by its samples alone, so that any number of processes trains the same run."""
+    found = []
+    for part in source.parts if isinstance(source, Joined) else [source]:
+        if config.lanes is not None and config.lanes > part.num_samples:
+            raise ConfigError(f"data.lanes={config.lanes}: there are only {part.num_samples:,} samples; take fewer, or null")
+        found.append(config.lanes or default_lanes(part.num_samples))
+    return found
 
 
 def choose_workers(config: DataConfig, *, device: str) -> int:

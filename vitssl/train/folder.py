@@ -14,6 +14,7 @@ import yaml
 
 from vitssl import dist
 from vitssl.config import difference, dump
+from vitssl.data import ledger
 from vitssl.data.sources import Source
 from vitssl.errors import CheckpointError, ConfigError, DataError
 from vitssl.plan import Plan
@@ -23,6 +24,7 @@ from vitssl.train import checkpoint
 from vitssl.train.checkpoint import Saved
 
 _locks: list[int] = []  # descriptors: closing one would end its lock
+LEDGER = "ledger"
 PACKAGES = ("vitssl", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 
 
@@ -111,6 +113,7 @@ def begin(folder: Path, config: ProgramConfig, plan: Plan, *, step: int) -> None
     _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     for name in ("metrics.jsonl", "probes.jsonl"):
         _cut(folder / name, step)
+    ledger.cut(folder / LEDGER, step * config.batch_size)
 
 
 def environment() -> dict[str, Any]:

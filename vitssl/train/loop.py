@@ -83,9 +83,12 @@ def fit(
     log_every: int,
     report: Report,
     saving: Saving,
+    consumed: Callable[[Batch], None],
     events: Sequence[Event] = (),
 ) -> int:
     """Train from step ``start`` to ``total``; returns the step reached, less than ``total`` after Ctrl-C or SIGTERM.
+
+    ``consumed`` is told of every micro-batch as it is trained on.
 
     It also saves when it is told to stop, and when the data fail: that DataError is raised again, with nothing lost. Raises
     TrainingError, before anything is saved, where a loss is not finite.
@@ -99,7 +102,7 @@ def fit(
             report_due = done % log_every == 0 or done == total
             events_due = [event for event in events if event.due(done, total)]
             try:
-                norm = _step(engine, clock, feed, window, lr=schedule.at(step), want_norm=report_due)
+                norm = _step(engine, clock, feed, window, consumed, lr=schedule.at(step), want_norm=report_due)
             except DataError:
                 _flush(window, step, report, {})
                 saving.now(step)
@@ -163,7 +166,14 @@ def _saved_if_alone(saving: Saving, done: int) -> Iterator[None]:
 
 
 def _step(
-    engine: Engine, clock: Clock, batches: Iterator[Batch], window: Window, *, lr: float, want_norm: bool
+    engine: Engine,
+    clock: Clock,
+    batches: Iterator[Batch],
+    window: Window,
+    consumed: Callable[[Batch], None],
+    *,
+    lr: float,
+    want_norm: bool,
 ) -> Tensor | float | None:
     engine.seed_step(clock)
     set_lr(engine.optimizer, lr)
@@ -171,6 +181,7 @@ def _step(
     for number in range(engine.accumulation):
         waiting = time.perf_counter()
         batch = next(batches)
+        consumed(batch)
         window.waited += time.perf_counter() - waiting
         with engine.micro_step(last=number == engine.accumulation - 1):
             loss, metrics = engine.forward(batch, clock)

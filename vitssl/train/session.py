@@ -12,6 +12,7 @@ import torch
 from vitssl import dist
 from vitssl.config import flat
 from vitssl.data.feed import training_samples
+from vitssl.data.ledger import Ledger
 from vitssl.data.loader import batches
 from vitssl.data.sources import Source
 from vitssl.data.transforms import Augment
@@ -22,7 +23,7 @@ from vitssl.schedule import Duration
 from vitssl.sections import ProgramConfig
 from vitssl.task import Task
 from vitssl.train import checkpoint
-from vitssl.train.folder import begin, occupy, refuse_another_run, refuse_other_data, run_folder, starting_point
+from vitssl.train.folder import LEDGER, begin, occupy, refuse_another_run, refuse_other_data, run_folder, starting_point
 from vitssl.train.launch import Engine
 from vitssl.train.loop import Event, Saving, fit
 from vitssl.train.planning import batch_split, make_plan, outline
@@ -43,7 +44,7 @@ class Session:
     source: Source
     report: Report
     start: int
-    lanes: int
+    lanes: list[int]
     saved: int
 
     @property
@@ -103,6 +104,7 @@ class Session:
             seed=config.seed,
             log_every=config.log.every,
             report=self.report,
+            consumed=Ledger(self.folder / LEDGER, process=dist.rank()).write if config.data.ledger else lambda batch: None,
             saving=Saving(self.save, every=every, minutes=config.checkpoint.minutes),
             events=events,
         )

@@ -12,6 +12,7 @@ from typing import Literal
 from vitssl.data import demo
 from vitssl.data.sources.base import Raw, Source
 from vitssl.data.sources.folder import FolderSource
+from vitssl.data.sources.joined import Joined
 from vitssl.data.sources.shards import ShardSource, find_shards, is_shard
 from vitssl.data.sources.subset import Subset, label_like, take_labelled
 from vitssl.data.tarscan import IMAGES
@@ -19,6 +20,7 @@ from vitssl.errors import ConfigError, DataError
 
 __all__ = [
     "FolderSource",
+    "Joined",
     "Raw",
     "ShardSource",
     "Source",

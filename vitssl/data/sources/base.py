@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 
 class Raw(NamedTuple):
-    """One sample as it is stored: the encoded image, its label where it has one, and ``where`` it lies, for messages."""
+    """One sample as it is stored: the encoded image, its label where it has one, and ``where`` it lies, for messages.
+
+    ``key`` is its name within the source, such as ``train-003.tar/0027``: what a ledger writes down.
+    """
 
     key: str
     image: bytes

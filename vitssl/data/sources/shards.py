@@ -87,7 +87,7 @@ class ShardSource:
             ) from None
         if len(image) < length:
             raise DataError(f"{where}: the shard ends before this image does; it changed since the run started: restore it")
-        return Raw(key=key, image=image, label=label if label >= 0 else None, where=where)
+        return Raw(key=f"{os.path.basename(shard.shard)}/{key}", image=image, label=label if label >= 0 else None, where=where)
 
     def _index(self, number: int) -> ShardIndex:
         if number not in self._indexes:
