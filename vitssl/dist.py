@@ -65,13 +65,18 @@ class Agreement:
         return tuple(answer)
 
 
+def gather_lists(values: list) -> list:
+    """The lists of all processes, joined in their order; on each of them."""
+    if not _started() or world() == 1:
+        return values
+    found: list[list] = [[]] * world()
+    td.all_gather_object(found, values)
+    return [value for each in found for value in each]
+
+
 def first_said(text: str | None) -> str | None:
     """Of the texts of all processes, that of the first which has one; on each of them."""
-    if not _started() or world() == 1:
-        return text
-    said: list[str | None] = [None] * world()
-    td.all_gather_object(said, text)
-    return next((each for each in said if each), None)
+    return next((each for each in gather_lists([text]) if each), None)
 
 
 def barrier() -> None:

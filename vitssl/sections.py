@@ -64,6 +64,8 @@ class DataConfig(SourceConfig):
     workers: NonNegativeInt | None = Field(None, description="loader processes per training process; null: by spare cores")
     lanes: Count | None = Field(None, description="cuts through the epoch that a batch draws from; null: by size")
     window: Count = Field(1024, description="samples of a lane that are shuffled together")
+    max_bad_fraction: Fraction = Field(0.01, description="of the images, which may be unusable and are replaced; 0: none")
+    quarantine: Path | None = Field(None, description="quarantine.jsonl of an earlier run: what it names is replaced")
     ledger: bool = Field(False, description="write position and key of every sample trained on to ledger/ of the run")
     mean: tuple[float, ...] | None = Field(None, description="per channel, in units of [0, 1]; null: the encoder's own")
     std: tuple[Positive, ...] | None = Field(None, description="per channel, in units of [0, 1]; null: the encoder's own")
@@ -131,6 +133,7 @@ CHANGEABLE = (
     "micro_batch",
     "data.workers",
     "data.ledger",
+    "data.max_bad_fraction",
     "probe",
     "heldout",
     "test",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ Draw = Callable[[str, int], Tensor]
 """``draw(name, num) -> [B, num]`` uniform in [0, 1): the random numbers of this batch's samples, whoever holds them."""
 
 
+class Bad(NamedTuple):
+    """A sample that could not be used: where it stood, its key, that of the one served in its place, and why."""
+
+    position: int
+    key: str
+    served: str
+    reason: str
+    known: bool = False  # a quarantine file named it
+
+
 @dataclass(frozen=True)
 class Batch:
     """B samples as the data engine delivers them: uint8 views, global positions, labels where the source has them."""
@@ -21,7 +32,8 @@ class Batch:
     views: dict[View, Tensor]  # each [B, C, height, width] uint8
     positions: Tensor  # [B] int64, global positions of the run
     labels: Tensor | None = None  # [B] int64
-    keys: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()  # of the samples that stand at the positions, also where another was served
+    bad: tuple[Bad, ...] = ()
 
     def __len__(self) -> int:
         return len(self.positions)

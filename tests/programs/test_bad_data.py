@@ -1,5 +1,6 @@
 """Images and shards that are missing, damaged, or not those the run was begun with: named in one line, and no step is lost."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_data_that_cannot_be_read(pretrain: Callable, data: Path, tmp_path: Path
         damage(tmp_path / "data")
     argv = [f"data.path={tmp_path / 'data'}", *([setting.format(data=data)] if setting else [])]
     argv += ["data.split=null"] if "data.path" in setting else []
-    refused(pretrain(tmp_path / "run", *argv, f"data.workers={workers}"), *words)
+    refused(pretrain(tmp_path / "run", *argv, f"data.workers={workers}", "data.max_bad_fraction=0"), *words)
 
 
 RUINED_IMAGE = """
@@ -82,7 +83,7 @@ def test_an_image_met_on_the_way_costs_no_step(
 ) -> None:
     """Every process learns of it before the step that has no batch, saves the one before it, and says the same."""
     share = 8 // processes
-    argv = ["heldout.every=100", "checkpoint.every=100", f"micro_batch={share // accumulation}"]
+    argv = ["heldout.every=100", "checkpoint.every=100", f"micro_batch={share // accumulation}", "data.max_bad_fraction=0"]
     trap = RUINED_IMAGE.format(after=9 * share + share // 2)
     run = pretrain(tmp_path / "run", *argv, processes=processes, trap=trap)
     assert run.codes == [2] * processes
@@ -103,3 +104,59 @@ def test_a_test_image_that_does_not_decode_costs_no_step(finetune: Callable, dat
     refused(run, "test-0.tar: 0066.jpg", "replace it or take it out")
     assert [path.name for path in run.checkpoints()] == ["step_00000004"]
     assert "from step 4" in finetune(tmp_path / "run").ok().out
+
+
+@pytest.fixture
+def damaged(data: Path, tmp_path: Path) -> Path:
+    """The shards with one image of 60 overwritten."""
+    shutil.copytree(data, tmp_path / "data")
+    scribble(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_training_goes_on_over_a_damaged_image(pretrain: Callable, damaged: Path, tmp_path: Path) -> None:
+    """It is replaced, written down and counted; stopped and continued, and on two processes, the run stays the same."""
+    argv = [f"data.path={damaged}", "data.ledger=true", "heldout.every=100", "checkpoint.every=4", "checkpoint.keep_last=99"]
+    run = pretrain(tmp_path / "one", *argv).ok()
+    rows = run.rows("quarantine.jsonl")
+    assert {row["key"] for row in rows} == {"train-1.tar/0027"} and len(rows) == len({row["position"] for row in rows}) >= 2
+    assert all("train-1.tar: 0027.jpg (byte " in row["reason"] and "is no image of a known" in row["reason"] for row in rows)
+    assert all(row["step"] == row["position"] // 8 + 1 and row["served"] != row["key"] for row in rows)
+    assert f"{len(rows)} bad images" in run.out.split("step 20/20")[1].splitlines()[0]
+    lines = [json.loads(line) for line in (run.folder / "ledger/process_00000.jsonl").read_text().splitlines()]
+    served = {int(position): key for line in lines for position, key in line.get("served", {}).items()}
+    assert served == {row["position"]: row["served"] for row in rows}
+    for step in (8, 12, 16, 20):  # as if it had died after step 4, before the first of them
+        shutil.rmtree(run.folder / f"checkpoints/step_{step:08}")
+    again = pretrain(tmp_path / "one", *argv, "data.workers=1").ok()
+    assert "from step 4" in again.out and again.rows("quarantine.jsonl") == rows
+    two = pretrain(tmp_path / "two", *argv, processes=2).ok()
+    assert two.rows("quarantine.jsonl") == rows and two.losses() == pytest.approx(run.losses(), rel=1e-5)
+
+
+def test_a_quarantine_file_is_followed_and_not_counted(pretrain: Callable, damaged: Path, tmp_path: Path) -> None:
+    argv = [f"data.path={damaged}", "heldout.every=100", "length=10"]
+    first = pretrain(tmp_path / "one", *argv).ok()
+    (tmp_path / "list.jsonl").write_text('{"key": "train-1.tar/0027"}\n{"key": "train-0.tar/0003"}\n')
+    run = pretrain(tmp_path / "two", *argv, f"data.quarantine={tmp_path / 'list.jsonl'}", "data.max_bad_fraction=0").ok()
+    rows = run.rows("quarantine.jsonl")
+    assert {row["key"] for row in rows} == {"train-1.tar/0027", "train-0.tar/0003"}
+    assert all(row["known"] and "named in the quarantine file" in row["reason"] for row in rows)
+    theirs = first.rows("quarantine.jsonl")
+    assert [row["served"] for row in rows if "0027" in row["key"]] == [row["served"] for row in theirs]
+    for content, words in ((None, "cannot be read (No such file"), ("[1]", "is no quarantine.jsonl of a run")):
+        if content:
+            (tmp_path / "bad.jsonl").write_text(content)
+        refused(pretrain(tmp_path / "run", *argv, f"data.quarantine={tmp_path / 'bad.jsonl'}"), words)
+
+
+def test_more_damage_than_is_borne_stops_the_run(pretrain: Callable, damaged: Path, tmp_path: Path) -> None:
+    argv = [f"data.path={damaged}", "heldout.every=100", "checkpoint.every=100", "data.max_bad_fraction=0.002", "length=40"]
+    run = pretrain(tmp_path / "run", *argv)
+    refused(
+        run,
+        "train-1.tar: 0027.jpg",
+        "; 3 of ",
+        "images could not be used, data.max_bad_fraction=0.002 bears no more (quarantine.jsonl)",
+    )
+    assert len(run.checkpoints()) == 1 and len(run.rows("quarantine.jsonl")) == 2

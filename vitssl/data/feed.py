@@ -9,6 +9,7 @@ from vitssl import dist, draws
 from vitssl.data.loader import Samples, evaluation_batches
 from vitssl.data.mixture import MixedOrder
 from vitssl.data.order import Order, default_lanes
+from vitssl.data.quarantine import read_quarantine
 from vitssl.data.sources import Joined, Source, Subset, open_source
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError, UserError
@@ -56,7 +57,9 @@ def training_samples(
     options = zip(parts, lanes, seeds, strict=True)
     orders = [Order(part.chunks, seed=own, lanes=count, window=config.window) for part, count, own in options]
     order = MixedOrder(orders, source.weights, seed=seed) if isinstance(source, Joined) else orders[0]
-    return Samples(source, order, views, seed=seed, channels=channels, labels=labels, augment=augment)
+    options = {"seed": seed, "channels": channels, "labels": labels, "augment": augment}
+    known = read_quarantine(config.quarantine)
+    return Samples(source, order, views, substitute=config.max_bad_fraction > 0, quarantine=known, **options)
 
 
 def evaluation_samples(

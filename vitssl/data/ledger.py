@@ -2,6 +2,7 @@
 
 Each process appends a line for each of its micro-batches to a file of its own. A run that is continued first drops the lines at
 and after its checkpoint, in the files of however many processes there were, so what remains was trained on exactly once.
+Keys are those wanted; where an image could not be used, ``served`` says which one stood in for it.
 """
 
 import json
@@ -21,7 +22,9 @@ class Ledger:
 
     def write(self, batch: Batch) -> None:
         """Positions and keys of a micro-batch, in the file at once: a killed process has written what it trained on."""
-        self._file.write(json.dumps({"positions": batch.positions.tolist(), "keys": batch.keys}) + "\n")
+        row = {"positions": batch.positions.tolist(), "keys": batch.keys}
+        row |= {"served": {bad.position: bad.served for bad in batch.bad}} if batch.bad else {}
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
 

@@ -14,23 +14,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vitssl import draws
 from vitssl.data import transforms
 from vitssl.data.order import Order
-from vitssl.data.sources.base import Source
+from vitssl.data.sources.base import Raw, Source
 from vitssl.errors import ConfigError, DataError, UserError
-from vitssl.task import Batch
+from vitssl.task import Bad, Batch
 from vitssl.views import View, purpose
 
-_AUGMENT = purpose("augment")
+_AUGMENT, _SUBSTITUTE = purpose("augment"), purpose("substitute")
 
 
 class Samples(Dataset):
     """The samples of a source in an order, as the views ask for them. Indexed by global positions of the run.
 
     ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
+    ``substitute``: an image that does not decode, or whose key ``quarantine`` holds, is replaced by another of the source, a
+    function of (seed, position) and of the bytes alone; the batch says so.
     """
 
     def __init__(
@@ -43,7 +46,10 @@ class Samples(Dataset):
         channels: int = 3,
         labels: bool = False,
         augment: transforms.Augment | None = None,
+        substitute: bool = False,
+        quarantine: frozenset[str] = frozenset(),
     ) -> None:
+        self.substitute, self.quarantine = substitute, quarantine
         self.source, self.order, self.views = source, order, tuple(views)
         self.seed, self.channels, self.labels, self.augment = seed, channels, labels, augment
         assert order.num_samples == source.num_samples, "the order was made for another source"
@@ -66,8 +72,12 @@ class Samples(Dataset):
         numbers = {view: transforms.draw_numbers(view, seed=self.seed, positions=positions).tolist() for view in self.views}
         seeds = {view: self._augment_seeds(view, positions) for view in self.views}
         pixels = {view: np.empty((len(raws), *view.size, self.channels), dtype=np.uint8) for view in self.views}
+        keys, bad = tuple(raw.key for raw in raws), []
         for row, raw in enumerate(raws):
-            image = transforms.decode(raw, self.channels)
+            image, reason = self._decoded(raw)
+            if image is None:
+                raws[row], image = self._another(int(positions[row]), reason)
+                bad.append(Bad(int(positions[row]), raw.key, raws[row].key, reason, known=raw.key in self.quarantine))
             for view in self.views:
                 pixels[view][row] = transforms.show(
                     image, view, numbers[view][row], augment=self.augment, augment_seed=seeds[view][row]
@@ -76,8 +86,29 @@ class Samples(Dataset):
             views={view: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() for view, images in pixels.items()},
             positions=torch.from_numpy(positions),
             labels=torch.tensor([raw.label for raw in raws]) if self.labels else None,
-            keys=tuple(raw.key for raw in raws),
+            keys=keys,
+            bad=tuple(bad),
         )
+
+    def _decoded(self, raw: Raw) -> tuple[Image | None, str]:
+        """(image, "") or (None, why not)."""
+        if raw.key in self.quarantine:
+            return None, f"{raw.where}: named in the quarantine file"
+        try:
+            return transforms.decode(raw, self.channels), ""
+        except DataError as error:
+            if not self.substitute:
+                raise
+            return None, str(error)
+
+    def _another(self, position: int, reason: str) -> tuple[Raw, Image]:
+        """The first that decodes of ten samples drawn for a position. Raises DataError where none does."""
+        drawn = draws.hashed(self.seed, _SUBSTITUTE, torch.tensor([position]), 10)[0] & 0x7FFFFFFFFFFFFFFF
+        for raw in self.source.read((drawn % len(self)).tolist()):
+            image, _ = self._decoded(raw)
+            if image is not None:
+                return raw, image
+        raise DataError(f"{reason}; nor do ten others of {self.source.name}: look at the data")
 
     def _augment_seeds(self, view: View, positions: np.ndarray) -> list[int]:
         if self.augment is None:

@@ -32,9 +32,4 @@ def evaluate(engine: Engine, batches: Iterable[Batch], *, seed: int) -> dict[str
 
 def _names(sums: dict[str, torch.Tensor]) -> list[str]:
     """The same names on every process, also on one whose share is empty."""
-    known: list[list[str]] = [[]] * dist.world()
-    if dist.world() > 1:
-        torch.distributed.all_gather_object(known, list(sums))
-    else:
-        known = [list(sums)]
-    return next((names for names in known if names), [])
+    return next((names for names in dist.gather_lists([list(sums)]) if names), [])

@@ -14,7 +14,7 @@ import yaml
 
 from vitssl import dist
 from vitssl.config import difference, dump
-from vitssl.data import ledger
+from vitssl.data import ledger, quarantine
 from vitssl.data.sources import Source
 from vitssl.errors import CheckpointError, ConfigError, DataError
 from vitssl.plan import Plan
@@ -111,7 +111,7 @@ def begin(folder: Path, config: ProgramConfig, plan: Plan, *, step: int) -> None
     _replace(folder / "config.yaml", dump(config))
     plan.save(folder / "plan.json")
     _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-    for name in ("metrics.jsonl", "probes.jsonl"):
+    for name in ("metrics.jsonl", "probes.jsonl", quarantine.FILE):
         _cut(folder / name, step)
     ledger.cut(folder / LEDGER, step * config.batch_size)
 

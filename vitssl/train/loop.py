@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitssl import dist
+from vitssl.data import quarantine
 from vitssl.errors import DataError, TrainingError
 from vitssl.report import Report, duration
 from vitssl.schedule import Clock, Schedule
@@ -69,6 +71,8 @@ class Window:
     paused: float = 0.0
     steps: list[dict[str, Tensor]] = field(default_factory=list)
     rows: list[dict[str, float]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)  # samples that could not be used, of this process
+    replaced: int = 0  # such samples since the program began, of all processes
 
 
 def fit(
@@ -113,7 +117,7 @@ def fit(
                 measured = _measure(window, norm, lr=schedule.at(step), batch_size=batch_size)
                 _flush(window, done, report, measured)
                 _line(window, clock, measured, report, batch_size=batch_size)
-                window = Window()
+                window = Window(replaced=window.replaced)
             elif events_due or save_due:
                 _flush(window, done, report, {})
             paused = time.perf_counter()
@@ -182,6 +186,7 @@ def _step(
         waiting = time.perf_counter()
         batch = next(batches)
         consumed(batch)
+        window.bad += [{"step": clock.step + 1, **bad._asdict()} for bad in batch.bad]
         window.waited += time.perf_counter() - waiting
         with engine.micro_step(last=number == engine.accumulation - 1):
             loss, metrics = engine.forward(batch, clock)
@@ -218,6 +223,10 @@ def _flush(window: Window, done: int, report: Report, measured: dict[str, float]
                 " optim.clip=1.0 or take launch.precision=fp32, under another run.name"
             )
     report.rows("metrics.jsonl", [*rows[:-1], rows[-1] | measured])
+    if bad := dist.gather_lists(window.bad):
+        report.rows(quarantine.FILE, sorted(bad, key=lambda row: row["position"]))
+        window.replaced += len(bad)
+        window.bad.clear()
     window.rows += rows
     window.steps.clear()
 
@@ -227,12 +236,13 @@ def _line(window: Window, clock: Clock, measured: dict[str, float], report: Repo
     done, count = clock.step + 1, len(window.rows)
     means = {name: sum(row[name] for row in window.rows) / count for name in window.rows[0] if name != "step"}
     report.scalars({**means, **measured}, done)
+    replaced = f"  {window.replaced:,} bad images" if window.replaced else ""
     left = duration((clock.total - done) * batch_size / measured["images_per_s"])
     report.progress(
         done,
         clock.total,
         f"step {done:,}/{clock.total:,}  eta {left}  loss {means['loss']:.4f}  grad {measured['grad_norm']:.3g}"
-        f"  lr {measured['lr']:.3g}  {measured['images_per_s']:,.0f} images/s  wait {measured['data_wait']:.0%}",
+        f"  lr {measured['lr']:.3g}  {measured['images_per_s']:,.0f} images/s  wait {measured['data_wait']:.0%}{replaced}",
     )
 
 

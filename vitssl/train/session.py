@@ -14,6 +14,7 @@ from vitssl.config import flat
 from vitssl.data.feed import training_samples
 from vitssl.data.ledger import Ledger
 from vitssl.data.loader import batches
+from vitssl.data.quarantine import bearable
 from vitssl.data.sources import Source
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError
@@ -96,7 +97,7 @@ class Session:
         every = self.steps(config.checkpoint.every) if config.checkpoint.every else plan.steps
         return fit(
             self.engine,
-            batches=feed,
+            batches=bearable(feed, max_fraction=config.data.max_bad_fraction),
             schedule=plan.lr_schedule(final=config.optim.final_lr),
             start=self.start,
             total=plan.steps,

@@ -1,0 +1,41 @@
+"""Images that cannot be used: how many are borne, how they are written down, and how a later run is told to pass them over."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vitssl.errors import ConfigError, DataError
+from vitssl.task import Batch
+
+FILE = "quarantine.jsonl"
+FIRST = 1000  # images: a fraction of fewer is no measure
+
+
+def bearable(batches: Iterable[Batch], *, max_fraction: float) -> Iterator[Batch]:
+    """The batches, as long as no more than ``max_fraction`` of the images (and of the first 1000) had to be replaced.
+
+    What a quarantine file names does not count. Raises DataError with the image that was one too many, and the counts.
+    """
+    seen = bad = 0
+    for batch in batches:
+        seen += len(batch)
+        found = [each for each in batch.bad if not each.known]
+        bad += len(found)
+        if found and bad > max_fraction * max(seen, FIRST):
+            counts = (
+                f"; {bad:,} of {seen:,} images could not be used, data.max_bad_fraction={max_fraction:g} bears no more ({FILE})"
+            )
+            raise DataError(found[-1].reason + counts)
+        yield batch
+
+
+def read_quarantine(path: Path | None) -> frozenset[str]:
+    """The keys that a quarantine file names, none without a file. Raises ConfigError for one that cannot be read."""
+    if path is None:
+        return frozenset()
+    try:
+        return frozenset(json.loads(line)["key"] for line in path.read_text().splitlines())
+    except OSError as error:
+        raise ConfigError(f"data.quarantine={path}: cannot be read ({error.strerror or error}); correct the path") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"data.quarantine={path}: is no {FILE} of a run; every line names a key, as in it") from None
