@@ -7,7 +7,7 @@ import numpy as np
 
 from vitssl import dist, draws
 from vitssl.data.loader import Samples, evaluation_batches
-from vitssl.data.mixture import MixedOrder
+from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order, default_lanes
 from vitssl.data.quarantine import read_quarantine
 from vitssl.data.sources import Joined, Source, Subset, open_source

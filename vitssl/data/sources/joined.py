@@ -1,4 +1,4 @@
-"""Several sources as one: their ids one after the other. How often each is drawn is :mod:`vitssl.data.mixture`'s business."""
+"""Several sources as one: their ids one after the other. How often each is drawn is :mod:`vitssl.data.mixing`'s business."""
 
 from collections.abc import Sequence
 

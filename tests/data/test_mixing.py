@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vitssl.config import build
 from vitssl.data.feed import choose_lanes, open_configured, training_samples
-from vitssl.data.mixture import BLOCK, MixedOrder
+from vitssl.data.mixing import BLOCK, MixedOrder
 from vitssl.data.order import Order
 from vitssl.data.sources import Joined, open_source
 from vitssl.errors import ConfigError, DataError
