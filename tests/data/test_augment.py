@@ -57,7 +57,7 @@ def test_rand_augment_reaches_the_view_after_its_flip(picture: Image.Image) -> N
         seen.append((np.asarray(image), seed))
         return Image.new("RGB", image.size, "red")
 
-    pixels = show(picture, view, MIDDLE, augment=augment, augment_seed=17)
+    pixels = show(np.asarray(picture), view, MIDDLE, augment=augment, augment_seed=17)
     assert seen[0][1] == 17 and np.array_equal(seen[0][0], np.asarray(picture)[:, ::-1])
     assert (pixels == [255, 0, 0]).all()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vitssl.data.loader import Samples, batches, evaluation_batches
 from vitssl.data.order import Order
@@ -49,13 +50,13 @@ def test_a_batch_is_what_its_positions_say(shards: Path, label_of: Callable) -> 
         assert images.shape == (3, 3, *view.size) and images.dtype == torch.uint8 and images.is_contiguous()
     assert not torch.equal(batch.views[CROP], batch.views[TWIN])
     for row, raw in enumerate(samples.source.read(ids)):
-        image = decode(raw)
+        image = Image.fromarray(decode(raw))
         assert np.array_equal(batch.views[WHOLE][row].permute(1, 2, 0), np.asarray(image))
         numbers = draw_numbers(CROP, seed=5, positions=batch.positions)[row].tolist()
         left, top, width, height = crop_box(*image.size, CROP, numbers)
         crop = image.crop((left, top, left + width, top + height)).resize((6, 8), 3)
         expected = np.asarray(crop)[:, :: -1 if numbers[22] < 0.5 else 1]
-        assert np.array_equal(batch.views[CROP][row].permute(1, 2, 0), expected)
+        assert np.abs(batch.views[CROP][row].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1  # PIL's last bit
     assert same(samples[250], samples.__getitems__([250]))
     assert len(samples) == 100
 

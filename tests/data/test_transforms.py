@@ -78,14 +78,25 @@ MODES = {
 def test_any_mode_becomes_rgb(mode: str) -> None:
     make, expected = MODES[mode]
     image = decode(make())
-    assert image.mode == "RGB"
-    assert np.abs(np.subtract(image.getpixel((0, 0)), expected)).max() <= (1 if "JPEG" in mode else 0)
+    assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    assert np.abs(np.subtract(image[0, 0], expected, dtype=int)).max() <= (1 if "JPEG" in mode else 0)
+
+
+@pytest.mark.parametrize("mode, options", [("RGB", {}), ("L", {}), ("RGB", {"progressive": True}), ("RGB", {"subsampling": 0}),
+                                           ("CMYK", {}), ("RGB", {"keep_rgb": True})])  # fmt: skip
+def test_jpeg_decodes_as_pil_decodes_it(mode: str, options: dict) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((75, 61), Image.Resampling.BICUBIC).convert(mode)
+    raw = saved(picture, "JPEG", quality=90, **options)
+    theirs = np.asarray(Image.open(io.BytesIO(raw.image)).convert("RGB")).astype(int)
+    assert decode(raw).shape == (61, 75, 3) and np.abs(decode(raw).astype(int) - theirs).mean() < 0.2
+    assert decode(raw._replace(image=raw.image + b"beyond the end")).shape == (61, 75, 3)
 
 
 def test_channels() -> None:
-    assert decode(left_of("RGB", (90, 90, 90), "PNG"), 1).mode == "L"
-    assert decode(left_of("L", 0, "PNG", transparency=0), 1).getpixel((0, 0)) == 255
-    assert decode(left_of("LA", (90, 5), "PNG"), 4).getpixel((0, 0)) == (90, 90, 90, 5)
+    assert decode(left_of("RGB", (90, 90, 90), "PNG"), 1).tolist() == [[[90], [90]]] * 2
+    assert decode(left_of("L", 0, "PNG", transparency=0), 1)[0, 0].tolist() == [255]
+    assert decode(left_of("LA", (90, 5), "PNG"), 4)[0, 0].tolist() == [90, 90, 90, 5]
     with pytest.raises(ConfigError, match=r"1, 3 or 4 channels, not 5; set the encoder's channels"):
         decode(left_of("L", 0, "PNG"), 5)
 
@@ -155,8 +166,8 @@ def test_crops_lie_inside_the_image(width: int, height: int, view: View, numbers
 @settings(max_examples=80, deadline=None)
 @given(width=st.integers(1, 60), height=st.integers(1, 60), view=VIEWS, numbers=NUMBERS)
 def test_views_have_their_size_whatever_the_image(width: int, height: int, view: View, numbers: list[float]) -> None:
-    for mode, channels in (("RGB", 3), ("L", 1)):
-        pixels = show(Image.new(mode, (width, height), "white"), view, numbers)
+    for channels in (3, 1, 4):
+        pixels = show(np.full((height, width, channels), 255, dtype=np.uint8), view, numbers)
         assert pixels.shape == (*view.size, channels) and pixels.dtype == np.uint8
         assert (pixels == 255).all()  # no border is padded with anything
 
@@ -191,37 +202,43 @@ def test_fallback_is_torchvisions_centre_crop(width: int, height: int) -> None:
     assert crop_box(width, height, view, MIDDLE) == (j, i, w, h)
 
 
+def near(ours: np.ndarray, theirs: Image.Image) -> None:
+    """Equal to PIL's but for a last bit here and there, and a few of a noise's pixels where a cubic overshoots and is cut."""
+    difference = np.abs(ours.astype(int) - np.asarray(theirs).astype(int))
+    assert ours.shape == np.asarray(theirs).shape and difference.mean() < 0.5 and (difference > 1).mean() < 0.05
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos", "box"])
 def test_crop_then_resize_as_torchvision_does_on_pil(interpolation: str) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     view = View((20, 28), scale=(0.2, 1.0), interpolation=interpolation)
     numbers = draw_numbers(view, seed=0, positions=[7])[0].tolist()
     left, top, w, h = crop_box(70, 50, view, numbers)
-    expected = tv.functional.resized_crop(image, top, left, h, w, list(view.size), tv.InterpolationMode(interpolation))
-    assert np.array_equal(show(image, view, numbers), np.asarray(expected))
+    picture, mode = Image.fromarray(image), tv.InterpolationMode(interpolation)
+    near(show(image, view, numbers), tv.functional.resized_crop(picture, top, left, h, w, list(view.size), mode))
 
 
 @pytest.mark.parametrize(("width", "height"), [(70, 50), (51, 90), (32, 32), (20, 21), (333, 500), (7, 300)])
 @pytest.mark.parametrize(("size", "resize"), [(32, 36), (32, None), (24, 27)])
 def test_deterministic_view_is_resize_and_centre_crop(width: int, height: int, size: int, resize: int | None) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     oracle = tv.Compose([tv.Resize(resize or size, tv.InterpolationMode.BICUBIC), tv.CenterCrop(size)])
-    assert np.array_equal(show(image, View((size, size), resize=resize), MIDDLE), np.asarray(oracle(image)))
+    near(show(image, View((size, size), resize=resize), MIDDLE), oracle(Image.fromarray(image)))
 
 
 def test_deterministic_view_covers_a_size_that_is_not_square() -> None:
     columns = np.broadcast_to(np.arange(100, dtype=np.uint8)[None, :, None], (50, 100, 3))
-    pixels = show(Image.fromarray(np.ascontiguousarray(columns)), View((50, 40)), MIDDLE)
+    pixels = show(np.ascontiguousarray(columns), View((50, 40)), MIDDLE)
     assert np.array_equal(pixels[0, :, 0], np.arange(30, 70))  # the middle, neither stretched nor padded
-    assert show(Image.new("RGB", (100, 50)), View((10, 80)), MIDDLE).shape == (10, 80, 3)
+    assert show(np.zeros((50, 100, 3), dtype=np.uint8), View((10, 80)), MIDDLE).shape == (10, 80, 3)
 
 
 def test_flip_is_a_mirror_with_its_probability() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
+    image = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     rows = draw_numbers(View((9, 9), flip=0.3), seed=1, positions=np.arange(2000)).tolist()
-    flipped = [np.array_equal(show(image, View((9, 9), flip=0.3), row), np.asarray(image)[:, ::-1]) for row in rows]
+    flipped = [np.array_equal(show(image, View((9, 9), flip=0.3), row), image[:, ::-1]) for row in rows]
     assert 0.3 - 0.04 < np.mean(flipped) < 0.3 + 0.04
-    assert all(np.array_equal(show(image, View((9, 9)), row), np.asarray(image)) for row in rows[:50])
+    assert all(np.array_equal(show(image, View((9, 9)), row), image) for row in rows[:50])
 
 
 def test_numbers_belong_to_the_position_and_the_view() -> None:
@@ -237,7 +254,7 @@ def test_numbers_belong_to_the_position_and_the_view() -> None:
 def test_a_thin_image_is_cut_before_it_is_enlarged(size: tuple[int, int]) -> None:
     """Resized whole, 20,000 x 1 pixels would have 4.5 million columns at a height of 224."""
     pixels = np.arange(size[0] * size[1], dtype=np.uint32).astype(np.uint8).reshape(size[1], size[0])
-    shown = show(Image.fromarray(pixels).convert("RGB"), View((224, 224)), [0.9] * NUM_DRAWS)
+    shown = show(np.repeat(pixels[:, :, None], 3, axis=2), View((224, 224)), [0.9] * NUM_DRAWS)
     assert shown.shape == (224, 224, 3) and shown.std() >= 0
 
 
@@ -249,6 +266,6 @@ def test_draws_cover_what_is_used() -> None:
             used.add(at)
             return 0.5
 
-    show(Image.new("RGB", (9, 9)), View((4, 4), scale=(3.0, 3.0)), Spy())
-    show(Image.new("RGB", (9, 9)), View((4, 4), scale=(0.5, 0.5), flip=0.5), Spy())
+    show(np.zeros((9, 9, 3), np.uint8), View((4, 4), scale=(3.0, 3.0)), Spy())
+    show(np.zeros((9, 9, 3), np.uint8), View((4, 4), scale=(0.5, 0.5), flip=0.5), Spy())
     assert used == set(range(transforms.NUM_DRAWS))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vitssl import draws
@@ -90,7 +89,7 @@ class Samples(Dataset):
             bad=tuple(bad),
         )
 
-    def _decoded(self, raw: Raw) -> tuple[Image | None, str]:
+    def _decoded(self, raw: Raw) -> tuple[transforms.Pixels | None, str]:
         """(image, "") or (None, why not)."""
         if raw.key in self.quarantine:
             return None, f"{raw.where}: named in the quarantine file"
@@ -101,7 +100,7 @@ class Samples(Dataset):
                 raise
             return None, str(error)
 
-    def _another(self, position: int, reason: str) -> tuple[Raw, Image]:
+    def _another(self, position: int, reason: str) -> tuple[Raw, transforms.Pixels]:
         """The first that decodes of ten samples drawn for a position. Raises DataError where none does."""
         drawn = draws.hashed(self.seed, _SUBSTITUTE, torch.tensor([position]), 10)[0] & 0x7FFFFFFFFFFFFFFF
         for raw in self.source.read((drawn % len(self)).tolist()):
