@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,3 +52,15 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "index" in done.stdout, done.stderr
+
+
+def test_pack_writes_what_pretrain_reads(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (40 * number, 0, 0)).save(tmp_path / f"photos/{number}.png")
+    paths = [str(tmp_path / "photos"), str(tmp_path / "out")]
+    done = vitssl("pack", *paths, "--short-side=15", "--shard-mib=0.004", "--perceptual")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "3 shards in" in done.stdout and "6 of 6 (0 left out" in done.stdout and "0 images are exact copies" in done.stdout
+    assert f"python -m pretrain CONFIG data.path={tmp_path / 'out'} data.split=train" in done.stdout
+    assert vitssl("pack", *paths).returncode == 2

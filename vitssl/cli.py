@@ -1,8 +1,10 @@
 """``vitssl``: the tools around the two programs; ``vitssl TOOL --help`` says what each takes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vitssl.report import Report, program
 
@@ -20,6 +22,20 @@ def main(argv: Sequence[str]) -> int:
     index.add_argument("shards", nargs="+", help="a folder, a tar, a glob or a brace pattern ('train-{000..099}.tar')")
     index.add_argument("--processes", type=int, help="shards scanned side by side (default: one per CPU, at most 16)")
     index.set_defaults(tool=_index)
+    pack = tools.add_parser("pack", help="write balanced tar shards from any source", description=_pack.__doc__)
+    pack.add_argument("source", help="what data.path takes: a folder of images, tars, a glob or a brace pattern")
+    pack.add_argument("folder", type=Path, help="where the shards go, NAME-000000.tar and on")
+    pack.add_argument("--name", default="train", help="first part of the shards' names (train)")
+    pack.add_argument("--split", help="sub-folder of the source, or prefix of its shards")
+    pack.add_argument("--shard-mib", type=float, default=256, help="size of a shard (256)")
+    pack.add_argument("--short-side", type=int, help="shrink images to this many pixels on the short side, as JPEG")
+    pack.add_argument("--max-side", type=int, help="shrink images to at most this many pixels on the long side, as JPEG")
+    pack.add_argument("--quality", type=int, default=90, help="of the JPEG that a shrunk image becomes (90)")
+    pack.add_argument("--seed", type=int, default=0, help="of the order of the samples (0)")
+    pack.add_argument("--no-shuffle", action="store_true", help="keep the order of the source")
+    pack.add_argument("--perceptual", action="store_true", help="also report images that look alike (decodes every image)")
+    pack.add_argument("--processes", type=int, help="shards written side by side (default: one per CPU)")
+    pack.set_defaults(tool=_pack)
     arguments = parser.parse_args(argv)
     return arguments.tool(arguments)
 
@@ -39,6 +55,40 @@ def _index(arguments: argparse.Namespace) -> int:
             ("samples", f"{samples:,}, {labels}"),
             ("in a shard", f"{int(rows['samples'].min()):,} to {int(rows['samples'].max()):,}"),
             ("ignored", f"{ignored:,} other members"),
+        ],
+    )
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    """Write balanced, shuffled tar shards with their index, and say what is there twice. Goes on where it was stopped."""
+    from vitssl.data.pack import PackConfig, pack
+    from vitssl.data.sources import open_source
+
+    report = Report()
+    config = PackConfig(
+        name=arguments.name,
+        shard_bytes=round(arguments.shard_mib * 2**20),
+        short_side=arguments.short_side,
+        max_side=arguments.max_side,
+        quality=arguments.quality,
+        seed=arguments.seed,
+        shuffle=not arguments.no_shuffle,
+        perceptual=arguments.perceptual,
+    )
+    source = open_source(arguments.source, split=arguments.split, progress=report.waiting("indexing"))
+    processes = arguments.processes or os.cpu_count() or 1
+    counts = pack(source, arguments.folder, config, processes=processes, progress=report.waiting("packing shards"))
+    alike = f", {counts['alike']:,} pairs look alike" if config.perceptual else ""
+    report.pairs(
+        f"{counts['shards']:,} shards in {arguments.folder}",
+        [
+            (
+                "samples",
+                f"{counts['samples']:,} of {source.num_samples:,} ({counts['bad']:,} left out: {config.name}.bad.jsonl)",
+            ),
+            ("twice", f"{counts['duplicates']:,} images are exact copies of others{alike} ({config.name}.duplicates.jsonl)"),
+            ("next", f"python -m pretrain CONFIG data.path={arguments.folder} data.split={arguments.name}"),
         ],
     )
     return 0

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
+from vitssl.data.tarwrite import write_shard
 from vitssl.errors import DataError
 
 CLASSES = ("arrow", "bolt", "crescent", "cross", "flower", "gear", "heart", "hourglass", "key", "ring", "spiral", "star")
@@ -120,7 +121,7 @@ def _write(mapped: Callable, folder: Path, about: dict, progress: Callable[[int,
         done += num
         if progress is not None:
             progress(done, total)
-    list(mapped(_write_shard, [folder / shard for shard in shards], shards.values()))
+    list(mapped(write_shard, [folder / shard for shard in shards], shards.values()))
 
 
 def _draw_piece(size: int, seed: int, piece: tuple[str, int, int]) -> list[dict]:
@@ -135,14 +136,6 @@ def _draw_piece(size: int, seed: int, piece: tuple[str, int, int]) -> list[dict]
         key = f"{shard.partition('-')[0]}-{index % TEST_START:08d}"
         samples.append({"__key__": key, "jpg": stream.getvalue(), "cls": str(label).encode()})
     return samples
-
-
-def _write_shard(path: Path, samples: list[dict]) -> None:
-    from webdataset import TarWriter
-
-    with path.open("wb") as stream, TarWriter(stream, user="vitssl", group="vitssl", mode=0o644, mtime=0, encoder=False) as tar:
-        for sample in samples:
-            tar.write(sample)
 
 
 def _scene(outline: list[np.ndarray], rng: Generator, size: int) -> tuple[np.ndarray, dict]:

@@ -105,12 +105,12 @@ def show(
     if view.scale is None:
         image = _without_ends(image, view)
         columns, rows = _covering_size(image.shape[1], image.shape[0], view)
-        image = _resized(image, rows, columns, view.interpolation)
+        image = resized(image, rows, columns, view.interpolation)
         top, left = round((rows - height) / 2), round((columns - width) / 2)
         image = image[top : top + height, left : left + width]
     else:
         left, top, crop_width, crop_height = crop_box(image.shape[1], image.shape[0], view, numbers)
-        image = _resized(image[top : top + crop_height, left : left + crop_width], height, width, view.interpolation)
+        image = resized(image[top : top + crop_height, left : left + crop_width], height, width, view.interpolation)
     if numbers[22] < view.flip:
         image = image[:, ::-1]
     if augment is not None:
@@ -118,7 +118,7 @@ def show(
     return image
 
 
-def _resized(image: Pixels, height: int, width: int, interpolation: str) -> Pixels:
+def resized(image: Pixels, height: int, width: int, interpolation: str) -> Pixels:
     """Antialiased as by PIL (0.04 of 255 away from it in the mean); torch's vector code takes a third of its time."""
     if image.shape[:2] == (height, width):
         return image
