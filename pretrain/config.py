@@ -16,6 +16,7 @@ DEFAULT = Path(__file__).parent.parent / "configs" / "pretrain" / "demo.yaml"
 FLAGS = {
     "--plan": "print every derived number and stop",
     "--bench step": "time one training step beside a plain eager one, and stop",
+    "--bench data": "time the data engine beside the usual ones, and stop",
 }
 
 
@@ -57,7 +58,7 @@ class PretrainConfig(ProgramConfig):
 
 def read(argv: Sequence[str]) -> tuple[PretrainConfig | None, Command]:
     """The config of a command line, or None where help was all that was asked for. Raises ConfigError."""
-    command = parse(argv, flags={"--plan": (), "--bench": ("step",)})
+    command = parse(argv, flags={"--plan": (), "--bench": ("step", "data")})
     if "--help" in command.flags:
         show(help_text("pretrain", "Pretrain a ViT encoder on images without labels.", PretrainConfig, FLAGS))
         return None, command

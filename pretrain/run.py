@@ -7,6 +7,7 @@ from pretrain.config import PretrainConfig
 from pretrain.watch import Watched, watch
 from vitssl import dist, objectives
 from vitssl.command import Command
+from vitssl.data.bench import bench_data
 from vitssl.data.feed import open_configured
 from vitssl.data.sources import Source
 from vitssl.errors import ConfigError
@@ -17,7 +18,9 @@ from vitssl.report import Report
 from vitssl.train.bench import bench_step
 from vitssl.train.export import encoder_facts, fill_encoder, write_export
 from vitssl.train.folder import run_folder
+from vitssl.train.launch import choose_device
 from vitssl.train.loop import Event
+from vitssl.train.planning import outline
 from vitssl.train.session import Session, begin_session, show_plan
 
 
@@ -39,7 +42,11 @@ def run(config: PretrainConfig, command: Command) -> int:
         if config.weights:
             fill_encoder(task.encoder, config.weights)
 
-    if "--bench" in command.flags:
+    if command.flags.get("--bench") == "data":
+        source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
+        options = {"channels": config.encoder.channels, "device": choose_device(config.launch)}
+        bench_data(source, config.data, outline(build).views, **options, report=report)
+    elif "--bench" in command.flags:
         bench_step(config, build_task, plain_mae, report)
     elif "--plan" in command.flags:
         show_plan(config, build, open_data, report)

@@ -1,0 +1,160 @@
+"""``--bench data``: images a second and core of this data engine beside the usual ones, on the config's images, in one run.
+
+The references make the same views of the same images: PIL, torchvision's RandomResizedCrop, flip, ToTensor, Normalize and
+collation, once on the encoded bytes as they lie and once through a plain webdataset pipeline. All run on one thread of this
+process in turns, so a machine that drifts slows all of them; the figures are medians.
+"""
+
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from vitssl.data import transforms
+from vitssl.data.feed import choose_lanes, choose_workers, training_samples
+from vitssl.data.loader import Samples, batches
+from vitssl.data.sources import ShardSource, Source
+from vitssl.report import Report
+from vitssl.sections import DataConfig
+from vitssl.views import View
+
+ROUNDS, BATCH = 3, 64
+
+
+def bench_data(
+    source: Source,
+    config: DataConfig,
+    views: Iterable[View],
+    *,
+    channels: int,
+    device: str,
+    report: Report,
+    seconds: float = 4.0,
+) -> dict[str, Any]:
+    """Measure, print and return images/s per core of each pipeline, the parts of ours, and its rate with loader processes."""
+    views = tuple(views)
+    lanes = choose_lanes(source, config)
+    samples = training_samples(source, config, views, seed=0, lanes=lanes, channels=channels)
+    makers: dict[str, Callable[[], Iterator[int]]] = {
+        "ours": lambda: _ours(samples),
+        "torchvision": lambda: _torchvision(samples, config, views),
+    }
+    if isinstance(source, ShardSource) and channels == 3:
+        makers["webdataset"] = lambda: _webdataset(source, config, views)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rates: dict[str, list[float]] = {name: [] for name in makers}
+        for _ in range(ROUNDS):
+            for name, make in makers.items():
+                rates[name].append(_rate(make(), seconds))
+        parts = _parts(samples, seconds)
+    finally:
+        torch.set_num_threads(threads)
+    row: dict[str, Any] = {f"{name}_per_core": round(statistics.median(found), 1) for name, found in rates.items()}
+    row |= {f"times_{name}": round(row["ours_per_core"] / row[f"{name}_per_core"], 2) for name in makers if name != "ours"}
+    row |= parts
+    workers = choose_workers(config, device=device)
+    feed = batches(samples, start=0, stop=None, batch_size=BATCH, micro_batch=BATCH, workers=workers)
+    row |= {"workers": workers, "with_workers": round(_rate((len(batch) for batch in feed), seconds), 1)}
+    _tell(row, source, views, report)
+    return row
+
+
+def _tell(row: dict[str, Any], source: Source, views: tuple[View, ...], report: Report) -> None:
+    sizes = ", ".join(f"{view.size[0]} x {view.size[1]}" for view in views)
+    others = [name for name in ("torchvision", "webdataset") if f"{name}_per_core" in row]
+    beside = ", ".join(f"{row[f'times_{name}']:.2f} times {name}'s {row[f'{name}_per_core']:,.0f}" for name in others)
+    cores = f"{row['workers']} loader processes on {os.cpu_count()} cores"
+    report.pairs(
+        f"{source.num_samples:,} images of {source.name}, {len(views)} views ({sizes})",
+        [
+            ("a core", f"{row['ours_per_core']:,.0f} images/s, {beside}"),
+            ("of it", f"reading {row['read']:.0%}, decoding {row['decode']:.0%}, crop, resize and flip {row['views']:.0%}"),
+            ("together", f"{row['with_workers']:,.0f} images/s, {cores}"),
+        ],
+    )
+    report.say(json.dumps(row))
+
+
+def _rate(counts: Iterator[int], seconds: float) -> float:
+    """Images per second over at least ``seconds``, after a first batch that warms up."""
+    next(counts)
+    began, done = time.perf_counter(), 0
+    for count in counts:
+        done += count
+        if (elapsed := time.perf_counter() - began) >= seconds:
+            return done / elapsed
+    raise AssertionError("a pipeline that is measured never ends")
+
+
+def _positions() -> Iterator[range]:
+    first = 0
+    while True:
+        yield range(first, first + BATCH)
+        first += BATCH
+
+
+def _ours(samples: Samples) -> Iterator[int]:
+    for positions in _positions():
+        yield len(samples.__getitems__(positions))
+
+
+def _reference(config: DataConfig, view: View) -> Callable[[Image.Image], Tensor]:
+    from torchvision import transforms as tv
+
+    area = (
+        [tv.Resize(view.resize or min(view.size), tv.InterpolationMode.BICUBIC), tv.CenterCrop(view.size)]
+        if view.scale is None
+        else [tv.RandomResizedCrop(view.size, view.scale, view.ratio, tv.InterpolationMode.BICUBIC)]
+    )
+    mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
+    return tv.Compose([*area, tv.RandomHorizontalFlip(view.flip), tv.ToTensor(), tv.Normalize(mean, std)])
+
+
+def _torchvision(samples: Samples, config: DataConfig, views: tuple[View, ...]) -> Iterator[int]:
+    made = [_reference(config, view) for view in views]
+    for positions in _positions():
+        raws = samples.source.read(samples.order.locate(positions))
+        images = (Image.open(io.BytesIO(raw.image)).convert("RGB") for raw in raws)
+        yield len(default_collate([[make(image) for make in made] for image in images])[0])
+
+
+def _webdataset(source: ShardSource, config: DataConfig, views: tuple[View, ...]) -> Iterator[int]:
+    import webdataset
+
+    made = [_reference(config, view) for view in views]
+    extensions = ";".join(("jpg", "jpeg", "png", "webp"))
+    pipeline = webdataset.WebDataset(source.manifest.shards, shardshuffle=False).repeat().shuffle(1000)
+    pipeline = pipeline.decode("pilrgb").to_tuple(extensions).map(lambda sample: [make(sample[0]) for make in made])
+    for batch in pipeline.batched(BATCH, collation_fn=default_collate):
+        yield len(batch[0])
+
+
+def _parts(samples: Samples, seconds: float) -> dict[str, float]:
+    """Shares of the time that reading, decoding and making the views take."""
+    spent = {"read": 0.0, "decode": 0.0, "views": 0.0}
+    for positions in _positions():
+        marks = [time.perf_counter()]
+        raws = samples.source.read(samples.order.locate(positions))
+        marks.append(time.perf_counter())
+        images = [transforms.decode(raw, samples.channels) for raw in raws]
+        marks.append(time.perf_counter())
+        for view in samples.views:
+            numbers = transforms.draw_numbers(view, seed=samples.seed, positions=positions).tolist()
+            for image, row in zip(images, numbers, strict=True):
+                transforms.show(image, view, row)
+        marks.append(time.perf_counter())
+        for name, start, end in zip(spent, marks, marks[1:]):
+            spent[name] += end - start
+        if (total := sum(spent.values())) > seconds:
+            return {name: round(part / total, 3) for name, part in spent.items()}
+    raise AssertionError("positions never end")
