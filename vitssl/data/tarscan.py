@@ -1,8 +1,8 @@
 """Reads the headers of a tar shard: which samples it holds and where their images lie. Nothing is extracted or decoded.
 
 Samples follow the webdataset convention: members that share their path up to the first dot of the file name are one sample.
-Only regular files count; links, devices and names without an extension are ignored and counted. Surprising: the standard
-library's reader takes damage behind the first member for the end of the archive; here that is an error.
+Only regular files count; links, devices, names without an extension and paths that lead out are ignored and counted.
+Surprising: the standard library's reader takes damage behind the first member for the end of the archive; here it is an error.
 """
 
 import json
@@ -46,7 +46,8 @@ def _group(shard: str, file: BinaryIO) -> tuple[list[Sample], int]:
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         about = stem.startswith("__") and stem.endswith("__")  # webdataset's own notes, such as __index__.json
-        if not member.isreg() or member.issparse() or not stem or not extension or about:
+        outside = folder.startswith("/") or ".." in folder.split("/")
+        if not member.isreg() or member.issparse() or not stem or not extension or about or outside:
             ignored += not member.isdir()
             continue
         group = groups.setdefault(folder + slash + stem, {})
