@@ -64,3 +64,16 @@ def test_pack_writes_what_pretrain_reads(tmp_path: Path) -> None:
     assert "3 shards in" in done.stdout and "6 of 6 (0 left out" in done.stdout and "0 images are exact copies" in done.stdout
     assert f"python -m pretrain CONFIG data.path={tmp_path / 'out'} data.split=train" in done.stdout
     assert vitssl("pack", *paths).returncode == 2
+
+
+def test_check_tells_and_draws(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"photos/{'ab'[number % 2]}").mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (40, 30), (40 * number, 0, 0)).save(tmp_path / f"photos/{'ab'[number % 2]}/{number}.png")
+    done = vitssl("check", str(tmp_path / "photos"), f"--html={tmp_path / 'page.html'}")
+    assert done.returncode == 0 and done.stderr == "" and "5, of which 0 are damaged" in done.stdout
+    assert "data.mean=[0.314, 0.000, 0.000]" in done.stdout
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    (tmp_path / "photos/a/0.png").write_bytes(b"")
+    done = vitssl("check", str(tmp_path / "photos"))
+    assert done.returncode == 1 and "0.png: is empty" in done.stdout

@@ -36,6 +36,12 @@ def main(argv: Sequence[str]) -> int:
     pack.add_argument("--perceptual", action="store_true", help="also report images that look alike (decodes every image)")
     pack.add_argument("--processes", type=int, help="shards written side by side (default: one per CPU)")
     pack.set_defaults(tool=_pack)
+    check = tools.add_parser("check", help="look at every image: formats, sizes, damage, copies", description=_check.__doc__)
+    check.add_argument("source", nargs="+", help="what data.path takes: a folder of images, tars, a glob or a brace pattern")
+    check.add_argument("--split", help="sub-folder of the source, or prefix of its shards")
+    check.add_argument("--html", type=Path, help="write a page with a contact sheet as well")
+    check.add_argument("--processes", type=int, help="processes that look side by side (default: one per CPU)")
+    check.set_defaults(tool=_check)
     arguments = parser.parse_args(argv)
     return arguments.tool(arguments)
 
@@ -92,3 +98,23 @@ def _pack(arguments: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Decode every image once: what there is, what is damaged, what is twice. Exit code 1 where anything is damaged."""
+    from vitssl.data.doctor import examine
+    from vitssl.data.sources import open_source
+    from vitssl.inspect.doctor import in_words, page
+
+    report = Report()
+    path = arguments.source[0] if len(arguments.source) == 1 else arguments.source
+    source = open_source(path, split=arguments.split, progress=report.waiting("indexing"))
+    processes = arguments.processes or os.cpu_count() or 1
+    found = examine(source, processes=processes, progress=report.waiting("looking at images"))
+    rows = in_words(found)
+    rows += [("ignored", f"{source.ignored:,} other files")] if source.ignored else []
+    if arguments.html:
+        arguments.html.write_text(page(source.name, found, source.classes))
+        rows.append(("page", str(arguments.html)))
+    report.pairs(source.name, rows)
+    return 1 if found.damaged else 0

@@ -6,25 +6,21 @@ shards' sidecars (:mod:`vitssl.data.index`), which are built where there are non
 """
 
 import json
-import multiprocessing
 import os
-import signal
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitssl.data.index import ShardIndex, build_index, cached, load_index, replace_file
+from vitssl.data.pool import side_by_side
 from vitssl.errors import DataError
 
 VERSION = 1
 NAME = "vitssl.manifest"
-_POOL_FROM = 4  # shards to scan from which starting processes pays
 _COUNTS = [(name, "<i8") for name in ("size", "mtime", "samples", "unlabelled", "ignored")]
 
 
@@ -75,7 +71,9 @@ def index_shards(
     missing = [number for number, index in found.items() if index is None]
     if progress is not None:
         progress(len(shards) - len(missing), len(shards))
-    for done, (number, index) in enumerate(_built(shards, missing, processes), start=1):
+    processes = min(processes or os.cpu_count() or 1, 16)
+    built = side_by_side(build_index, [shards[number] for number in missing], processes)
+    for done, (number, index) in enumerate(zip(missing, built, strict=True), start=1):
         found[number] = index
         if progress is not None:
             progress(len(shards) - len(missing) + done, len(shards))
@@ -107,19 +105,6 @@ def _take(rows: NDArray, fresh: NDArray, numbers: NDArray, known: NDArray) -> No
     for column in ("identity", "samples", "unlabelled", "ignored"):
         rows[column][numbers[same]] = match[column][same]
     fresh[numbers] = same
-
-
-def _built(shards: list[str], missing: list[int], processes: int | None) -> "zip[tuple[int, ShardIndex]]":
-    processes = min(processes or os.cpu_count() or 1, len(missing), 16)
-    names = [shards[number] for number in missing]
-    if processes <= 1 or len(missing) < _POOL_FROM:
-        yield from zip(missing, map(build_index, names), strict=True)
-        return
-    # Fork: the children only read tars with numpy, and starting afresh would import the program again.
-    context = multiprocessing.get_context("fork")
-    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=ignore_interrupt) as pool:
-        yield from zip(missing, pool.map(build_index, names), strict=True)
 
 
 def _places(folder: str) -> tuple[Path, Path]:

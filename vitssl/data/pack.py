@@ -7,12 +7,9 @@ byte; nothing is decoded and encoded again without a reason.
 
 import hashlib
 import json
-import multiprocessing
 import shutil
-import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from vitssl import draws
 from vitssl.data import transforms
 from vitssl.data.index import build_index
 from vitssl.data.manifest import index_shards
+from vitssl.data.pool import side_by_side
 from vitssl.data.sources import Raw, Source
 from vitssl.data.tarwrite import write_shard
 from vitssl.errors import ConfigError, DataError
@@ -73,7 +71,7 @@ def pack(
     if progress is not None:
         progress(len(shards) - len(missing), len(shards))
     work = partial(_write, source, config)
-    for done, _ in enumerate(_run(work, [(paths[number], shards[number]) for number in missing], processes), start=1):
+    for done, _ in enumerate(side_by_side(work, [(paths[number], shards[number]) for number in missing], processes), start=1):
         if progress is not None:
             progress(len(shards) - len(missing) + done, len(shards))
     counts = _report(folder, paths, config)
@@ -136,16 +134,6 @@ def _name_classes(path: Path, source: Source) -> None:
 
 def _seen(path: Path) -> Path:
     return path.parent / _SEEN / f"{path.stem}.json"
-
-
-def _run(work: Callable, tasks: list, processes: int) -> Iterator[None]:
-    if processes <= 1 or len(tasks) <= 1:
-        yield from map(work, tasks)
-        return
-    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context, initializer=ignore_interrupt) as pool:
-        yield from pool.map(work, tasks)
 
 
 def _write(source: Source, config: PackConfig, task: tuple[Path, NDArray[np.int64]]) -> None:
