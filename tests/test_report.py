@@ -69,6 +69,18 @@ def test_a_terminal_shows_one_redrawn_line(columns: int, bar: bool):
     assert shown.rstrip().splitlines()[-1] == "error: the [bold]disk[/bold] is gone"
 
 
+def test_long_lines_are_folded_between_words_and_commands_stay_whole():
+    words = " ".join(["one two three four five six seven eight nine ten"] * 4)
+    command = "python -m pretrain " + "x" * 100
+    code = f"from vitssl.report import Report; report = Report(); words = {words!r}\n"
+    code += f"report.pairs('t', [('name', words), ('next', {command!r})])\nreport.say(words)"
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_terminal(code, columns=60)[0]).replace("\r", "").split("\n")
+    assert shown[0] == "t" and shown[1].startswith("  name  one two") and f"  next  {command}" in shown
+    rows, said = shown[1 : shown.index(f"  next  {command}")], shown[shown.index(f"  next  {command}") + 1 :]
+    assert len(rows) > 3 and all(line.startswith(" " * 8) for line in rows[1:]) and max(map(len, rows + said)) <= 60
+    assert " ".join(rows).split() == ["name", *words.split()] and " ".join(said).split() == words.split()
+
+
 def test_a_trace_stands_below_the_line_too():
     written, code = on_terminal(RUN.replace("KIND", "ValueError"), columns=80)
     assert code == 1

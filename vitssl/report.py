@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ class Report:
         """A line for the person, kept in log.txt."""
         if not self.active:
             return
-        self.console.print(Text(text, style=style or ""))
+        self.console.print(Text(self._folded(text), style=style or ""))
         self._append("log.txt", text)
 
     def pairs(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -54,7 +55,7 @@ class Report:
         width = max((len(name) for name, _ in rows), default=0)
         self.console.print(Text(title, style="bold"))
         for name, value in rows:
-            self.console.print(Text.assemble((f"  {name:<{width}}  ", "dim"), value))
+            self.console.print(Text.assemble((f"  {name:<{width}}  ", "dim"), self._folded(value, indent=width + 4)))
         self._append("log.txt", "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
 
     def progress(self, done: int, total: int, text: str) -> None:
@@ -111,6 +112,16 @@ class Report:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: pictures}, step=step, **layout)
+
+    def _folded(self, text: str, *, indent: int = 0) -> str:
+        """Text for a terminal, folded between words; a command stays whole, to be copied."""
+        room = self.console.width - indent
+        if not self.console.is_terminal or room < 20 or len(text) <= room or "-m " in text:
+            return text
+        return textwrap.fill(
+            text, room + indent, initial_indent=" " * indent, subsequent_indent=" " * indent,
+            break_long_words=False, break_on_hyphens=False,
+        )[indent:]  # fmt: skip
 
     def _append(self, name: str, text: str) -> None:
         if self.folder is not None and self.folder.exists():

@@ -263,4 +263,5 @@ def _start_worker(worker: int) -> None:
     """Ctrl-C, and a batch system's SIGTERM, reach all processes: the loop finishes its step, and that needs the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -248,7 +248,10 @@ def _line(window: Window, clock: Clock, measured: dict[str, float], report: Repo
 
 @contextmanager
 def _stop_signals() -> Iterator[list[bool]]:
-    """A flag that Ctrl-C and SIGTERM raise; a second Ctrl-C interrupts at once."""
+    """A flag that Ctrl-C, SIGTERM and a terminal that closes raise; a second Ctrl-C interrupts at once.
+
+    What the caller had ignored (nohup) stays ignored.
+    """
     stop = [False]
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -256,7 +259,8 @@ def _stop_signals() -> Iterator[list[bool]]:
             raise KeyboardInterrupt
         stop[0] = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in asked}
     try:
         yield stop
     finally:
