@@ -119,7 +119,7 @@ def test_run_length(length: str, samples: int, batch_size: int, steps: int):
     [
         ("1ep", "length=1ep is 0 steps of 256 over 100 images; nothing would be trained"),
         ("0", "length=0 is 0 steps of 256 over 100 images; nothing would be trained"),
-        ("5%", "5% is a share of the run, so it cannot say how long the run is; write epochs or steps"),
+        ("5%", "length=5% is a share of the run, and that is what it is to say; write epochs (300ep) or steps"),
     ],
 )
 def test_a_run_without_length(length: str, message: str):

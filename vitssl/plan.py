@@ -100,6 +100,10 @@ def split_batch(batch_size: int, processes: int, micro_batch: int | None, *, fit
 
 def run_length(length: Duration, *, samples: int, batch_size: int) -> int:
     """Optimiser steps of the run. Raises ConfigError where that is none."""
+    if length.unit == "%":
+        raise ConfigError(
+            f"length={length} is a share of the run, and that is what it is to say; write epochs (300ep) or steps"
+        )
     steps = length.steps(per_epoch=samples / batch_size)
     if steps < 1:
         raise ConfigError(f"length={length} is {steps} steps of {batch_size} over {samples} images; nothing would be trained")
