@@ -139,19 +139,21 @@ def program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
     try:
         return main(argv) or 0
     except UserError as error:
-        return _refuse(str(error))
+        message = str(error)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or "the run's folder"
-            return _refuse(f"no space left on the device while writing {where}; free some and run the same command to go on")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and error.filename:
-            return _refuse(f"{error.filename}: {error.strerror}; name a path that can be used, or mend its permissions")
-        raise
+            message = f"no space left on the device while writing {where}; free some and run the same command to go on"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and error.filename:
+            message = f"{error.filename}: {error.strerror}; name a path that can be used, or mend its permissions"
+        else:
+            raise
     except KeyboardInterrupt:
         _tell("interrupted", "the same command goes on from the last checkpoint, if one was written")
         return 130
     finally:
         _leave_bars()
+    return _refuse(message)  # here the error is gone, and with it the frames that held loaders and their processes
 
 
 def _refuse(message: str) -> int:
@@ -159,6 +161,12 @@ def _refuse(message: str) -> int:
     if process:  # what the first process says too is read once: its launcher ends this one meanwhile
         time.sleep(PATIENCE)
     _tell("error" if not process else f"error in process {process}", message)
+    if (distributed := sys.modules.get("torch.distributed")) and distributed.is_available() and distributed.is_initialized():
+        # Processes that met an error leave a group that is still open. Taking an interpreter down beside the group's threads
+        # ends one time in ten in an abort, whose code would hide ours.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
     return 2
 
 
