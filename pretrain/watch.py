@@ -8,7 +8,7 @@ from torch import Tensor
 from pretrain.config import PretrainConfig
 from vitssl import dist
 from vitssl.data.feed import evaluation_samples, open_configured, share
-from vitssl.data.loader import Samples
+from vitssl.data.samples import Samples
 from vitssl.data.sources import Source, label_like
 from vitssl.inspect.pictures import save_sheet, sheet
 from vitssl.probes.knn import knn_accuracy

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vitssl", description="Tools around python -m pretrain and python -m finetune.")
     tools = parser.add_subparsers(metavar="TOOL", required=True)
     index = tools.add_parser("index", help="index tar shards, so that training starts at once", description=_index.__doc__)
-    index.add_argument("shards", nargs="+", help="a folder, a tar, a glob or a brace pattern ('train-{000..099}.tar')")
+    index.add_argument("shards", nargs="+", help="a folder, a tar, a glob, a url or a brace pattern ('train-{000..099}.tar')")
     index.add_argument("--processes", type=int, help="shards scanned side by side (default: one per CPU, at most 16)")
     index.set_defaults(tool=_index)
     pack = tools.add_parser("pack", help="write balanced tar shards from any source", description=_pack.__doc__)
@@ -50,9 +50,13 @@ def _index(arguments: argparse.Namespace) -> int:
     """Count the samples of tar shards and note where each lies, in a small file beside every shard."""
     from vitssl.data.manifest import index_shards
     from vitssl.data.sources import find_shards
+    from vitssl.data.stores import Access
 
     report = Report()
-    rows = index_shards(find_shards(arguments.shards), progress=report.waiting("indexing"), processes=arguments.processes).rows
+    access = Access(index_budget=1 << 62)  # who says index means it
+    shards = find_shards(arguments.shards, access)
+    options = {"progress": report.waiting("indexing"), "processes": arguments.processes, "fresh": True}
+    rows = index_shards(shards, access=access, **options).rows
     samples, unlabelled, ignored = (int(rows[name].sum()) for name in ("samples", "unlabelled", "ignored"))
     labels = "all labelled" if not unlabelled else "no labels" if unlabelled == samples else f"{unlabelled:,} without a label"
     report.pairs(

@@ -32,6 +32,7 @@ class Plan:
     device: str
     workers: int
     lanes: list[int]  # of each source
+    readers: int = 1  # loader processes that each remote byte is read by
     parameters: dict[str, int] = field(default_factory=dict)  # per rule, counted once each
     memory: dict[str, int] = field(default_factory=dict)  # bytes per process
 
@@ -52,10 +53,11 @@ class Plan:
         meet = f", {self.loss_batch} meet in one loss" if self.loss_batch > 1 else ""
         ignored = f" ({self.ignored:,} other files ignored)" if self.ignored else ""
         lanes = " + ".join(map(str, self.lanes))
+        twice = f", {self.readers} of which read each byte" if self.readers > 1 else ""
         batch = f"{self.batch_size} = {factors} (processes x micro-batch x accumulation){meet}"
         then = "then half cosine" if self.warmup_steps < self.steps else "longer than the run: this rate is never reached"
         return [
-            ("data", f"{self.samples:,} images{ignored}, {lanes} lanes, {self.workers} loader processes each"),
+            ("data", f"{self.samples:,} images{ignored}, {lanes} lanes, {self.workers} loader processes each{twice}"),
             ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),
             ("batch", batch),
             ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, {then}"),

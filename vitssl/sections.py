@@ -49,13 +49,22 @@ class EncoderConfig(Section):
     arguments: dict[str, Any] = Field({}, description="further arguments of timm.create_model, such as depth or embed_dim")
 
 
-class SourceConfig(Section):
-    path: str | list[str] | None = Field(None, description="shards (pattern, glob, list, folder) or a folder of images")
+class PlaceConfig(Section):
+    path: str | list[str] | None = Field(None, description="shards (pattern, glob, list, folder, url) or a folder of images")
     kind: Literal["auto", "shards", "folder", "demo"] = Field("auto", description="what the path is")
     split: str | None = Field(None, description="sub-folder, or prefix of the shards' names, such as train")
 
 
-class WeightedConfig(SourceConfig):
+class SourceConfig(PlaceConfig):
+    trusted_hosts: list[str] = Field([], description="hosts a redirect may lead to although their addresses are private")
+    allow_shell_urls: bool = Field(False, description="whether pipe: urls, which run commands of the shell, are allowed")
+    storage: dict[str, Any] = Field({}, description="options of s3, gs or hf file systems, as {anon: true}; never secrets")
+    index_budget: Positive = Field(10.0, description="GB that indexing remote shards may read without being told to")
+    cache: Path | None = Field(None, description="folder on a local disk that keeps what was read from remote shards")
+    cache_size: Positive = Field(100.0, description="GB that it may hold; the least recently used goes first")
+
+
+class WeightedConfig(PlaceConfig):
     weight: Positive = Field(1.0, description="its share of the samples, against the others' weights")
 
 
@@ -63,7 +72,8 @@ class DataConfig(SourceConfig):
     sources: list[WeightedConfig] = Field([], description="instead of path: several, mixed as [{path: ..., weight: 2}, ...]")
     workers: NonNegativeInt | None = Field(None, description="loader processes per training process; null: by spare cores")
     lanes: Count | None = Field(None, description="cuts through the epoch that a batch draws from; null: by size")
-    window: Count = Field(1024, description="samples of a lane that are shuffled together")
+    window: Count = Field(1024, description="samples of a lane that are shuffled together, fewer where memory is short")
+    memory: Positive = Field(1.0, description="GiB of remote data that are held in memory, over all lanes")
     max_bad_fraction: Fraction = Field(0.01, description="of the images, which may be unusable and are replaced; 0: none")
     quarantine: Path | None = Field(None, description="quarantine.jsonl of an earlier run: what it names is replaced")
     ledger: bool = Field(False, description="write position and key of every sample trained on to ledger/ of the run")
@@ -133,6 +143,12 @@ CHANGEABLE = (
     "micro_batch",
     "data.workers",
     "data.ledger",
+    "data.trusted_hosts",
+    "data.allow_shell_urls",
+    "data.storage",
+    "data.index_budget",
+    "data.cache",
+    "data.cache_size",
     "data.max_bad_fraction",
     "probe",
     "heldout",

@@ -23,6 +23,7 @@ class Bad(NamedTuple):
     served: str
     reason: str
     known: bool = False  # a quarantine file named it
+    passing: bool = False  # the network or the moment decided it, not the bytes
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitssl.data.loader import Samples, batches, evaluation_batches
+from vitssl.data.loader import batches, evaluation_batches
 from vitssl.data.order import Order
+from vitssl.data.samples import Samples
 from vitssl.data.sources import ShardSource, Source, open_source
 from vitssl.data.transforms import crop_box, decode, draw_numbers
 from vitssl.errors import ConfigError, DataError
@@ -170,7 +171,7 @@ class Killed:
     def __getattr__(self, name: str) -> object:
         return getattr(self.source, name)
 
-    def read(self, ids: object) -> list:
+    def read(self, ids: object, ahead: object = None) -> list:
         if os.getpid() != self.parent:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.source.read(ids)
@@ -185,7 +186,7 @@ def test_a_killed_worker_is_named(shards: Path) -> None:
 class Interrupted(Killed):
     """A source whose worker gets Ctrl-C, as every process of the terminal does."""
 
-    def read(self, ids: object) -> list:
+    def read(self, ids: object, ahead: object = None) -> list:
         if os.getpid() != self.parent:
             os.kill(os.getpid(), signal.SIGINT)
         return self.source.read(ids)

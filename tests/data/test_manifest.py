@@ -58,7 +58,7 @@ def test_a_changed_shard_is_counted_anew_and_the_others_are_not(shards: list[str
     before = index_shards(shards)
     write_tar(Path(shards[1]), {"a.png": b"", "b.png": b"", "c.png": b""})
     looked: list[str] = []
-    monkeypatch.setattr(manifest, "build_index", lambda shard: (looked.append(shard), build_index(shard))[1])
+    monkeypatch.setattr(manifest, "build_index", lambda shard, access: (looked.append(shard), build_index(shard, access))[1])
     after = index_shards(shards)
     assert looked == [shards[1]] and counts(after) == [COUNTS[0], (3, 3, 0), *COUNTS[2:]]
     with pytest.raises(DataError, match=r"its index changed while in use; leave the shards alone and start again"):
@@ -73,7 +73,7 @@ def test_lists_of_one_folder_share_its_manifest(shards: list[str], untouched: Ca
     Path(shards[0]).unlink()
     Path(shards[3]).touch()
     index_shards(shards[3:])
-    names = manifest._read(str(Path(shards[0]).parent))["name"].tolist()
+    names = manifest.read_manifest(str(Path(shards[0]).parent))["name"].tolist()
     assert names == sorted(Path(shard).name.encode() for shard in shards[1:])
     untouched()
     assert counts(index_shards(shards[1:])) == COUNTS[1:]

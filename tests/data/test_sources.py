@@ -1,6 +1,7 @@
 """Every source keeps one contract; what is missing or not understood is named with what was found."""
 
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -134,13 +135,6 @@ def test_missing_shards_are_named_with_what_was_found(shards: Path, kind: str) -
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["https://host/s-{000..009}.tar", "pipe:cat s.tar", "S3://bucket/s.tar", "hf://datasets/x"])
-def test_urls_and_pipes_are_refused(url: str) -> None:
-    for path in (url, [url]):
-        with pytest.raises(ConfigError, match=r"read from local disks only, no url and no pipe; copy them"):
-            open_source(path)
-
-
 def test_patterns_that_do_not_expand(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"braces do not match"):
         open_source(str(tmp_path / "s-{000..0"))
@@ -154,11 +148,11 @@ def test_patterns_that_do_not_expand(tmp_path: Path) -> None:
 def test_a_shard_that_changes_under_a_run_is_named(shards: Path) -> None:
     source = ShardSource(str(shards))
     (shards / "train-001.tar").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"train-001\.tar: 0040\.png \(byte .*\): the shard ends before this image does"):
-        source.read([40])
+    (raw,) = source.read([40])
+    assert re.search(r"train-001\.tar: 0040\.png \(byte .*\): the shard ends before this image does", raw.problem)
     (shards / "train-002.tar").unlink()
-    with pytest.raises(DataError, match=r"train-002\.tar: 0099\.png .* cannot be read \(No such file"):
-        source.read([99])
+    (raw,) = source.read([99])
+    assert re.search(r"train-002\.tar: 0099\.png .* cannot be read \(No such file", raw.problem) and raw.passing
 
 
 def test_folder_is_sorted_labelled_and_counts_what_it_leaves(photos: Path) -> None:
@@ -190,8 +184,8 @@ def test_folder_errors(tmp_path: Path, photos: Path) -> None:
         open_source(tmp_path / "none", kind="folder")
     source = FolderSource(photos)
     (photos / "cat" / "1.png").unlink()
-    with pytest.raises(DataError, match=r"cat/1\.png: cannot be read \(No such file"):
-        source.read([0])
+    (raw,) = source.read([0])
+    assert re.search(r"cat/1\.png: cannot be read \(No such file", raw.problem) and not raw.image
 
 
 def test_split_picks_shards_or_a_sub_folder(shards: Path, photos: Path, write_tar: Callable, encoded: Callable) -> None:

@@ -31,7 +31,7 @@ def config(**values) -> ProgramConfig:
 
 def images(num: int, *, ignored: int = 0) -> SimpleNamespace:
     """What a plan asks of a source."""
-    return SimpleNamespace(num_samples=num, ignored=ignored)
+    return SimpleNamespace(num_samples=num, ignored=ignored, by_chunk=False)
 
 
 def classify(mae: nn.Module, **options) -> Classify:

@@ -20,7 +20,8 @@ from torch.utils.data import default_collate
 
 from vitssl.data import transforms
 from vitssl.data.feed import choose_lanes, choose_workers, training_samples
-from vitssl.data.loader import Samples, batches
+from vitssl.data.loader import batches
+from vitssl.data.samples import Samples
 from vitssl.data.sources import ShardSource, Source
 from vitssl.report import Report
 from vitssl.sections import DataConfig

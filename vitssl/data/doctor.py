@@ -81,7 +81,8 @@ def _look(source: Source, shown: set[int], ids: range) -> Findings:
     torch.set_num_threads(1)
     found = Findings(samples=len(ids))
     for number, raw in zip(ids, source.read(ids), strict=True):
-        found.contents[hashlib.blake2b(raw.image, digest_size=16).hexdigest()].append(raw.key)
+        if not raw.problem:
+            found.contents[hashlib.blake2b(raw.image, digest_size=16).hexdigest()].append(raw.key)
         found.labels.update([] if raw.label is None else [raw.label])
         try:
             pixels = transforms.decode(raw)

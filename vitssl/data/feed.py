@@ -1,19 +1,22 @@
 """From the config's data sections to samples and batches: the one place that chooses orders, lanes and workers."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from vitssl import dist, draws
-from vitssl.data.loader import Samples, evaluation_batches
+from vitssl.data.loader import evaluation_batches
 from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order, default_lanes
 from vitssl.data.quarantine import read_quarantine
+from vitssl.data.samples import Samples
 from vitssl.data.sources import Joined, Source, Subset, open_source
+from vitssl.data.stores import Access
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError, UserError
-from vitssl.sections import DataConfig, SourceConfig
+from vitssl.sections import DataConfig, PlaceConfig, SourceConfig
 from vitssl.task import Batch
 from vitssl.views import View, purpose
 
@@ -24,18 +27,33 @@ Progress = Callable[[int, int], None]
 
 def open_configured(config: SourceConfig, *, key: str, progress: Progress | None = None) -> Source:
     """The source a config section names; ``key`` is the section, for messages. Raises ConfigError and DataError."""
+    return _open(config, key, _access(config), progress)
+
+
+def _access(config: SourceConfig) -> Access:
+    return Access(
+        trusted=frozenset(config.trusted_hosts),
+        shell=config.allow_shell_urls,
+        storage=tuple(sorted(config.storage.items())),
+        index_budget=round(config.index_budget * 1e9),
+        cache=config.cache,
+        cache_bytes=round(config.cache_size * 1e9),
+    )
+
+
+def _open(config: PlaceConfig, key: str, access: Access, progress: Progress | None) -> Source:
     mixed = getattr(config, "sources", [])
     if mixed and (config.path is not None or config.split is not None):
         raise ConfigError(f"{key}.path and {key}.sources are both given; keep one of them")
     if mixed:
-        parts = [open_configured(each, key=f"{key}.sources.{n}", progress=progress) for n, each in enumerate(mixed)]
+        parts = [_open(each, f"{key}.sources.{number}", access, progress) for number, each in enumerate(mixed)]
         return Joined(parts, [each.weight for each in mixed])
     if config.path is None:
         raise ConfigError(
             f"{key}.path: has no value; name your images, as in {key}.path=/my/photos or {key}.path='my-{{00..99}}.tar'"
         )
     try:
-        return open_source(config.path, kind=config.kind, split=config.split, progress=progress)
+        return open_source(config.path, kind=config.kind, split=config.split, access=access, progress=progress)
     except UserError as error:
         raise type(error)(f"{key}: {error}") from None
 
@@ -55,11 +73,16 @@ def training_samples(
     parts = source.parts if isinstance(source, Joined) else [source]
     seeds = [seed, *(draws.fold(seed, _PART, number) for number in range(1, len(parts)))]
     options = zip(parts, lanes, seeds, strict=True)
-    orders = [Order(part.chunks, seed=own, lanes=count, window=config.window) for part, count, own in options]
+    memory = round(config.memory * 2**30)
+    orders = []
+    for part, count, own in options:
+        window = choose_window(part, config.window, lanes=count, memory=memory // len(parts))
+        orders.append(Order(part.chunks, seed=own, lanes=count, window=window))
     order = MixedOrder(orders, source.weights, seed=seed) if isinstance(source, Joined) else orders[0]
     options = {"seed": seed, "channels": channels, "labels": labels, "augment": augment}
     known = read_quarantine(config.quarantine)
-    return Samples(source, order, views, substitute=config.max_bad_fraction > 0, quarantine=known, **options)
+    bad = {"substitute": config.max_bad_fraction > 0, "quarantine": known}
+    return Samples(source, order, views, memory=memory, **bad, **options)
 
 
 def evaluation_samples(
@@ -80,14 +103,23 @@ def share(samples: Samples, *, batch_size: int = 128, workers: int = 0) -> Itera
     return evaluation_batches(samples, batch_size=batch_size, rank=dist.rank(), world=dist.world(), workers=workers)
 
 
-def choose_lanes(source: Source, config: DataConfig) -> list[int]:
-    """Of each part: the config's lanes, else by its samples alone, so that any number of processes trains the same run."""
+def choose_lanes(source: Source, config: DataConfig, *, loaders: int = 1) -> list[int]:
+    """Of each part: the config's lanes, else by its samples, so that any number of processes (to about 60) trains the same."""
     found = []
     for part in source.parts if isinstance(source, Joined) else [source]:
         if config.lanes is not None and config.lanes > part.num_samples:
             raise ConfigError(f"data.lanes={config.lanes}: there are only {part.num_samples:,} samples; take fewer, or null")
-        found.append(config.lanes or default_lanes(part.num_samples))
+        found.append(config.lanes or default_lanes(part.num_samples, loaders))
     return found
+
+
+def choose_window(source: Source, window: int, *, lanes: int, memory: int) -> int:
+    """Samples that are shuffled together in each lane. By chunk: what fits ``memory`` with the half of it that is read ahead
+    and the chunks that it begins and ends in."""
+    if not source.by_chunk:
+        return window
+    room = memory / max(1, source.mean_bytes) / lanes  # samples of a lane
+    return max(1, min(window, int((room - 2 * source.chunks.mean()) / 1.5)))
 
 
 def choose_workers(config: DataConfig, *, device: str) -> int:
@@ -97,3 +129,14 @@ def choose_workers(config: DataConfig, *, device: str) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world()))
     return 1 if device == "cpu" else max(1, min(16, cores // max(1, local) - 1))
+
+
+def whole_lanes(source: Source, config: DataConfig, *, lanes: Sequence[int], workers: int) -> tuple[int, int]:
+    """(workers, how many processes read each byte) by chunk: fewer workers than chosen, if each then has lanes of its own."""
+    if not source.by_chunk:
+        return workers, 1
+    if config.workers is None:
+        fitting = [fewer for fewer in range(1, workers + 1) if lanes[0] % (dist.world() * fewer) == 0]
+        workers = max(fitting, default=workers)
+    loaders = dist.world() * max(1, workers)
+    return workers, loaders // math.gcd(loaders, lanes[0] if len(lanes) == 1 else 1)

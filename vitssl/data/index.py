@@ -2,9 +2,9 @@
 
 A sidecar is one JSON line (format, identity of the shard, counts) followed by fixed-width records that are memory-mapped, so
 opening it costs nothing, its pages are shared by all workers, and nothing is unpickled. It lies next to its shard or, where
-that is not writable, in ``$VITSSL_CACHE`` (default ``~/.cache/vitssl``), and is rebuilt when the shard's size or the hash
-of its first and last 64 KiB differs. Surprising: a shard without its end-of-archive marker is refused, because an archive
-cut exactly between two members looks just like that and would lose samples without a word.
+that is not writable or far away, in ``$VITSSL_CACHE`` (default ``~/.cache/vitssl``), and is rebuilt when the shard's size or
+the hash of its first and last 64 KiB differs. Surprising: a shard without its end-of-archive marker is refused, because an
+archive cut exactly between two members looks just like that and would lose samples without a word.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vitssl.data import tarscan
+from vitssl.data import remote, tarscan
+from vitssl.data.stores import USUAL, Access, beside, is_url, shown
 from vitssl.errors import DataError
 
 VERSION = 1
@@ -57,22 +58,24 @@ def record_type(key_bytes: int) -> np.dtype:
     return np.dtype(fields)
 
 
-def load_index(shard: str, *, identity: str | None = None) -> ShardIndex | None:
+def load_index(shard: str, *, identity: str | None = None, access: Access = USUAL) -> ShardIndex | None:
     """The index in the shard's sidecar, or None where there is none of this ``identity`` (default: that of its bytes)."""
     sidecars = [path for path in _sidecars(shard) if path.exists()]
-    if not sidecars or (identity is None and not os.path.exists(shard)):
+    if not is_url(shard) and (not sidecars or (identity is None and not os.path.exists(shard))):
         return None
-    identity = identity or _identity(shard)
+    identity = identity or _identity(shard, access)
     for path in sidecars:
         index = _read(path, shard=shard)
         if index is not None and index.identity == identity:
             return index
-    return None
+    return _from_afar(shard, identity, access) if is_url(shard) else None
 
 
-def build_index(shard: str) -> ShardIndex:
+def build_index(shard: str, access: Access = USUAL) -> ShardIndex:
     """Scan a shard and write its sidecar. Raises DataError naming the shard, what is wrong with it and what to do."""
-    samples, ignored = tarscan.samples(shard)
+    with remote.copy_of(shard, access) as path:
+        samples, ignored = tarscan.samples(path, shard=shown(shard))
+        identity = _identity(path, access)
     keys = [sample.key.encode("utf-8", "surrogateescape") for sample in samples]
     records = np.zeros(len(samples), record_type(max(map(len, keys))))
     records["key"] = keys
@@ -82,7 +85,7 @@ def build_index(shard: str) -> ShardIndex:
     records["extension"] = [sample.extension.encode() for sample in samples]
     index = ShardIndex(
         shard=shard,
-        identity=_identity(shard),
+        identity=identity,
         num_samples=len(samples),
         num_unlabelled=int((records["label"] == NO_LABEL).sum()),
         ignored=ignored,
@@ -99,16 +102,32 @@ def build_index(shard: str) -> ShardIndex:
     return index
 
 
-def _sidecars(shard: str) -> tuple[Path, Path]:
+def _sidecars(shard: str) -> tuple[Path, ...]:
     """Where a shard's sidecar may lie, in order of preference."""
-    return Path(f"{shard}{SUFFIX}"), cached(shard, SUFFIX)
+    return (cached(shard, SUFFIX),) if is_url(shard) else (Path(f"{shard}{SUFFIX}"), cached(shard, SUFFIX))
+
+
+def _from_afar(shard: str, identity: str, access: Access) -> ShardIndex | None:
+    """The sidecar that lies beside a remote shard, copied into the cache; None where there is none of this shard."""
+    content = remote.small_file(beside(shard, SUFFIX), access)
+    if content is None:
+        return None
+    path = cached(shard, SUFFIX)
+    replace_file(path, content)
+    index = _read(path, shard=shard)
+    size = int(identity.partition("-")[0])
+    if index is not None and index.identity == identity:
+        offsets, lengths = index.records["offset"], index.records["length"]
+        if offsets.min() >= 0 and lengths.min() >= 0 and (offsets + lengths).max() <= size:
+            return index
+    path.unlink(missing_ok=True)
+    return None
 
 
 def cached(path: str, suffix: str) -> Path:
-    """Where the cache keeps what belongs to a path."""
-    cache = Path(os.environ.get("VITSSL_CACHE") or "~/.cache/vitssl").expanduser()
-    place = hashlib.blake2b(os.path.abspath(path).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return cache / "index" / f"{place}{suffix}"
+    """Where the cache keeps what belongs to a path or url."""
+    place = (path if is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")
+    return remote.user_cache() / "index" / f"{hashlib.blake2b(place, digest_size=16).hexdigest()}{suffix}"
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -122,7 +141,10 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _identity(shard: str) -> str:
+def _identity(shard: str, access: Access) -> str:
+    if is_url(shard):
+        size, first, last = remote.ends(shard, _ENDS, access)
+        return f"{size}-{hashlib.blake2b(first + last, digest_size=16).hexdigest()}"
     with open(shard, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         ends = file.read(_ENDS)

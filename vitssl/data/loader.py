@@ -5,115 +5,23 @@ changes nothing but the speed. The state of all this is one integer, the positio
 Surprising: a failure crosses from a worker as a value and is raised here, because torch would wrap it in a traceback's text.
 """
 
+import copy
+import itertools
+import math
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vitssl import draws
-from vitssl.data import transforms
-from vitssl.data.order import Order
-from vitssl.data.sources.base import Raw, Source
+from vitssl.data.samples import Samples
 from vitssl.errors import ConfigError, DataError, UserError
-from vitssl.task import Bad, Batch
-from vitssl.views import View, purpose
-
-_AUGMENT, _SUBSTITUTE = purpose("augment"), purpose("substitute")
-
-
-class Samples(Dataset):
-    """The samples of a source in an order, as the views ask for them. Indexed by global positions of the run.
-
-    ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
-    ``substitute``: an image that does not decode, or whose key ``quarantine`` holds, is replaced by another of the source, a
-    function of (seed, position) and of the bytes alone; the batch says so.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        views: Iterable[View],
-        *,
-        seed: int,
-        channels: int = 3,
-        labels: bool = False,
-        augment: transforms.Augment | None = None,
-        substitute: bool = False,
-        quarantine: frozenset[str] = frozenset(),
-    ) -> None:
-        self.substitute, self.quarantine = substitute, quarantine
-        self.source, self.order, self.views = source, order, tuple(views)
-        self.seed, self.channels, self.labels, self.augment = seed, channels, labels, augment
-        assert order.num_samples == source.num_samples, "the order was made for another source"
-        if labels and not source.labels:
-            missing = getattr(source, "num_unlabelled", source.num_samples)
-            lacking = f"{missing:,} of {source.num_samples:,} samples have no label"
-            raise DataError(f"{source.name}: {lacking}, and labels are needed here; name a labelled set")
-
-    def __len__(self) -> int:
-        """Samples in one epoch."""
-        return self.source.num_samples
-
-    def __getitem__(self, position: int) -> Batch:
-        return self.__getitems__([position])
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """The batch of the samples at these [B] global positions. Raises DataError for one that cannot be read or decoded."""
-        positions = np.array(positions, dtype=np.int64)
-        raws = self.source.read(self.order.locate(positions))
-        numbers = {view: transforms.draw_numbers(view, seed=self.seed, positions=positions).tolist() for view in self.views}
-        seeds = {view: self._augment_seeds(view, positions) for view in self.views}
-        pixels = {view: np.empty((len(raws), *view.size, self.channels), dtype=np.uint8) for view in self.views}
-        keys, bad = tuple(raw.key for raw in raws), []
-        for row, raw in enumerate(raws):
-            image, reason = self._decoded(raw)
-            if image is None:
-                raws[row], image = self._another(int(positions[row]), reason)
-                bad.append(Bad(int(positions[row]), raw.key, raws[row].key, reason, known=raw.key in self.quarantine))
-            for view in self.views:
-                pixels[view][row] = transforms.show(
-                    image, view, numbers[view][row], augment=self.augment, augment_seed=seeds[view][row]
-                )
-        return Batch(
-            views={view: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() for view, images in pixels.items()},
-            positions=torch.from_numpy(positions),
-            labels=torch.tensor([raw.label for raw in raws]) if self.labels else None,
-            keys=keys,
-            bad=tuple(bad),
-        )
-
-    def _decoded(self, raw: Raw) -> tuple[transforms.Pixels | None, str]:
-        """(image, "") or (None, why not)."""
-        if raw.key in self.quarantine:
-            return None, f"{raw.where}: named in the quarantine file"
-        try:
-            return transforms.decode(raw, self.channels), ""
-        except DataError as error:
-            if not self.substitute:
-                raise
-            return None, str(error)
-
-    def _another(self, position: int, reason: str) -> tuple[Raw, transforms.Pixels]:
-        """The first that decodes of ten samples drawn for a position. Raises DataError where none does."""
-        drawn = draws.hashed(self.seed, _SUBSTITUTE, torch.tensor([position]), 10)[0] & 0x7FFFFFFFFFFFFFFF
-        for raw in self.source.read((drawn % len(self)).tolist()):
-            image, _ = self._decoded(raw)
-            if image is not None:
-                return raw, image
-        raise DataError(f"{reason}; nor do ten others of {self.source.name}: look at the data")
-
-    def _augment_seeds(self, view: View, positions: np.ndarray) -> list[int]:
-        if self.augment is None:
-            return [0] * len(positions)
-        hashes = draws.hashed(self.seed, draws.fold(_AUGMENT, view.purpose), torch.from_numpy(positions), 1)
-        return (hashes[:, 0] & 0x7FFFFFFFFFFFFFFF).tolist()
+from vitssl.task import Batch
 
 
 def batches(
@@ -140,7 +48,12 @@ def batches(
             f"take {batch_size // per_step * per_step or per_step} or {(batch_size // per_step + 1) * per_step}"
         )
     assert stop is None or (stop - start) % batch_size == 0, "a run ends at the end of a global batch"
-    return _load(samples, _Training(start, stop, batch_size, micro_batch, rank, world), workers)
+    if not samples.source.by_chunk:
+        return _load(samples, _Training(start, stop, batch_size, micro_batch, rank, world), workers)
+    parts = max(1, workers)
+    samples = copy.copy(samples)
+    samples.memory //= math.gcd(samples.order.lanes, world * parts)
+    return _joined(_load(samples, _Training(start, stop, batch_size, micro_batch, rank, world, parts), workers), parts)
 
 
 def evaluation_batches(
@@ -157,7 +70,11 @@ def evaluation_batches(
 
 @dataclass(frozen=True)
 class _Training:
-    """Yields the positions [micro_batch] of each micro-batch of one process."""
+    """Yields the positions [micro_batch] of each micro-batch of one process.
+
+    Of data that is read by chunk each comes in ``parts``, one for each worker: that of position p is p // world % parts, so a
+    worker meets the same lanes again and again, and nobody else does, where processes x workers divides them.
+    """
 
     start: int
     stop: int | None
@@ -165,12 +82,15 @@ class _Training:
     micro_batch: int
     rank: int
     world: int
+    parts: int = 1
 
     def __iter__(self) -> Iterator[np.ndarray]:
         first = self.start
         while self.stop is None or first < self.stop:
             rows = np.arange(first + self.rank, first + self.batch_size, self.world)
-            yield from rows.reshape(-1, self.micro_batch)
+            for micro_batch in rows.reshape(-1, self.micro_batch):
+                owners = micro_batch // self.world % self.parts
+                yield from (micro_batch[owners == part] for part in range(self.parts))
             first += self.batch_size
 
 
@@ -201,11 +121,28 @@ class _Guarded(Dataset):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __getitems__(self, positions: Sequence[int]) -> Batch | _Failure:
+    def __getitems__(self, positions: Sequence[int]) -> Batch | _Failure | tuple:
+        if not len(positions):
+            return ()  # a worker's part of a micro-batch that has fewer images than there are workers
         try:
             return self.samples.__getitems__(positions)
         except UserError as error:
             return _Failure(str(error), type(error))
+
+
+def _joined(pieces: Iterator[Batch], parts: int) -> Iterator[Batch]:
+    """Micro-batches from the ``parts`` of each, their rows in the order of their positions."""
+    with closing(pieces):
+        while found := [piece for piece in itertools.islice(pieces, parts) if piece]:
+            rows = torch.argsort(torch.cat([piece.positions for piece in found]))
+            keys = list(itertools.chain.from_iterable(piece.keys for piece in found))
+            yield Batch(
+                views={view: torch.cat([piece.views[view] for piece in found])[rows] for view in found[0].views},
+                positions=torch.cat([piece.positions for piece in found])[rows],
+                labels=None if found[0].labels is None else torch.cat([piece.labels for piece in found])[rows],
+                keys=tuple(keys[row] for row in rows.tolist()),
+                bad=tuple(sorted(itertools.chain.from_iterable(piece.bad for piece in found))),
+            )
 
 
 def _load(samples: Samples, positions: _Training | _Once, workers: int) -> Iterator[Batch]:

@@ -2,22 +2,27 @@
 
 A folder's rows lie in one file beside its shards (or in the cache), so a hundred thousand shards open with one read and a
 ``stat`` each: a shard of the same size and time as in its row is the same. Rows that are missing or stale are made from the
-shards' sidecars (:mod:`vitssl.data.index`), which are built where there are none.
+shards' sidecars (:mod:`vitssl.data.index`), which are built where there are none. Of shards that lie elsewhere a row is
+believed, or a hundred thousand questions would come before the first image; reading one that has another size says so.
 """
 
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitssl.data import remote
 from vitssl.data.index import ShardIndex, build_index, cached, load_index, replace_file
 from vitssl.data.pool import side_by_side
-from vitssl.errors import DataError
+from vitssl.data.stores import USUAL, Access, is_url, parted, shown
+from vitssl.errors import ConfigError, DataError
 
 VERSION = 1
 NAME = "vitssl.manifest"
@@ -35,44 +40,59 @@ class Manifest:
 
     shards: list[str]
     rows: NDArray
+    access: Access = USUAL
     kept: dict[int, ShardIndex] = field(default_factory=dict)  # indexes that no place could be found for
 
     def open(self, number: int) -> ShardIndex:
         """The index of a shard. Raises DataError where it is no longer the one that this manifest counted."""
         if number in self.kept:
             return self.kept[number]
-        found = load_index(self.shards[number], identity=self.rows["identity"][number].decode())
+        shard, identity = self.shards[number], self.rows["identity"][number].decode()
+        found = load_index(shard, identity=identity, access=self.access)
+        if found is None and is_url(shard):  # the manifest came with the data, the sidecar did not
+            found = build_index(shard, self.access)
+            if found.identity != identity:
+                raise DataError(f"{shown(shard)}: changed since it was indexed; run  vitssl index  again")
         if found is None:
-            raise DataError(f"{self.shards[number]}: its index changed while in use; leave the shards alone and start again")
+            raise DataError(f"{shard}: its index changed while in use; leave the shards alone and start again")
         return found
 
 
 def index_shards(
-    shards: Sequence[str], *, progress: Callable[[int, int], None] | None = None, processes: int | None = None
+    shards: Sequence[str],
+    *,
+    access: Access = USUAL,
+    progress: Callable[[int, int], None] | None = None,
+    processes: int | None = None,
+    fresh: bool = False,
 ) -> Manifest:
     """The manifest of a list of shards; indexes that are missing or stale are built, with ``processes`` side by side.
 
     ``progress(shards done, shards in all)`` is called as they finish; ``processes`` defaults to one per CPU, at most 16.
-    Raises DataError naming the shard: missing, empty, truncated, compressed, damaged, a sample without an image, a bad label.
+    ``fresh`` looks at remote shards again instead of believing their manifest. Raises DataError naming the shard: missing,
+    empty, truncated, compressed, damaged, a sample without an image, a bad label; ConfigError where more bytes would have to
+    come over the network than ``access.index_budget``.
     """
     shards = list(shards)
     folders: dict[str, list[int]] = defaultdict(list)
     for number, shard in enumerate(shards):
-        folders[os.path.dirname(shard)].append(number)
-    names = np.array([os.fsencode(os.path.basename(shard)) for shard in shards])
+        folders[parted(shard)[0]].append(number)
+    names = np.array([os.fsencode(parted(shard)[1]) for shard in shards])
     rows = np.zeros(len(shards), row_type(names.itemsize))
     rows["name"] = names
     rows["size"], rows["mtime"] = np.array([_stat(shard) for shard in shards], dtype=np.int64).T
-    fresh = np.zeros(len(shards), dtype=bool)
+    known = np.zeros(len(shards), dtype=bool)
     for folder, numbers in folders.items():
-        _take(rows, fresh, np.array(numbers), _read(folder))
-    stale = np.flatnonzero(~fresh).tolist()
-    found = {number: load_index(shards[number]) for number in stale}
+        if not (fresh and is_url(folder)):
+            _take(rows, known, np.array(numbers), read_manifest(folder, access))
+    stale = np.flatnonzero(~known).tolist()
+    found = _load(shards, stale, rows, access)
     missing = [number for number, index in found.items() if index is None]
+    _estimate([shards[number] for number in missing], rows["size"][missing], access)
     if progress is not None:
         progress(len(shards) - len(missing), len(shards))
     processes = min(processes or os.cpu_count() or 1, 16)
-    built = side_by_side(build_index, [shards[number] for number in missing], processes)
+    built = side_by_side(partial(build_index, access=access), [shards[number] for number in missing], processes)
     for done, (number, index) in enumerate(zip(missing, built, strict=True), start=1):
         found[number] = index
         if progress is not None:
@@ -81,12 +101,41 @@ def index_shards(
         counts = (index.num_samples, index.num_unlabelled, index.ignored)
         rows["identity"][number] = index.identity.encode()
         rows["samples"][number], rows["unlabelled"][number], rows["ignored"][number] = counts
-    for folder in {os.path.dirname(shards[number]) for number in stale}:
-        _merge(folder, rows[folders[folder]])
-    return Manifest(shards, rows, {number: index for number, index in found.items() if index.sidecar is None})
+    for folder in {parted(shards[number])[0] for number in stale}:
+        _merge(folder, rows[folders[folder]], access)
+    return Manifest(shards, rows, access, {number: index for number, index in found.items() if index.sidecar is None})
+
+
+def _load(shards: list[str], numbers: list[int], rows: NDArray, access: Access) -> dict[int, ShardIndex | None]:
+    """The indexes that there are of these shards; sizes of remote ones are asked for and noted in ``rows``."""
+
+    def ask(number: int) -> ShardIndex | None:
+        if is_url(shards[number]):
+            rows["size"][number] = remote.stat(shards[number], access).size
+        return load_index(shards[number], access=access)
+
+    if not any(is_url(shards[number]) for number in numbers):
+        return {number: ask(number) for number in numbers}
+    with ThreadPoolExecutor(32) as pool:
+        return dict(zip(numbers, pool.map(ask, numbers), strict=True))
+
+
+def _estimate(missing: list[str], sizes: NDArray, access: Access) -> None:
+    """Refuse to read more than the budget over the network without having been told to."""
+    far = [(shard, int(size)) for shard, size in zip(missing, sizes.tolist(), strict=True) if is_url(shard)]
+    total = sum(size for _, size in far)
+    if total > access.index_budget:
+        where = shown(parted(far[0][0])[0])
+        raise ConfigError(
+            f"{where}: {len(far):,} shards have no index yet, which takes reading {total / 1e9:,.1f} GB of them once, and"
+            f" data.index_budget is {access.index_budget / 1e9:g} GB; run  vitssl index '{shown(far[0][0])}' ...  first, where"
+            " the shards are near, or raise the budget"
+        )
 
 
 def _stat(shard: str) -> tuple[int, int]:
+    if is_url(shard):
+        return -1, 0
     try:
         found = os.stat(shard)
     except OSError:
@@ -95,43 +144,61 @@ def _stat(shard: str) -> tuple[int, int]:
 
 
 def _take(rows: NDArray, fresh: NDArray, numbers: NDArray, known: NDArray) -> None:
-    """Fill the rows of these shards from the folder's ``known`` rows (sorted by name) where size and time are the same."""
+    """Fill the rows of these shards from the folder's ``known`` rows (sorted by name) where size and time are the same.
+
+    A remote shard (size -1) is believed to be as it was.
+    """
     if not len(known):
         return
     wanted = rows[numbers]
     places = np.minimum(np.searchsorted(known["name"], wanted["name"]), len(known) - 1)
     match = known[places]
-    same = (match["name"] == wanted["name"]) & (match["size"] == wanted["size"]) & (match["mtime"] == wanted["mtime"])
-    for column in ("identity", "samples", "unlabelled", "ignored"):
+    unchanged = (match["size"] == wanted["size"]) & (match["mtime"] == wanted["mtime"])
+    same = (match["name"] == wanted["name"]) & (unchanged | ((wanted["size"] < 0) & (wanted["mtime"] == 0)))
+    for column in ("identity", "size", "samples", "unlabelled", "ignored"):
         rows[column][numbers[same]] = match[column][same]
     fresh[numbers] = same
 
 
-def _places(folder: str) -> tuple[Path, Path]:
+def _places(folder: str) -> tuple[Path, ...]:
     """Where a folder's manifest may lie, in order of preference."""
-    return Path(folder, NAME), cached(folder or ".", ".manifest")
+    near = cached(folder or ".", ".manifest")
+    return (near,) if is_url(folder) else (Path(folder, NAME), near)
 
 
-def _read(folder: str) -> NDArray:
+def read_manifest(folder: str, access: Access = USUAL) -> NDArray:
     """The folder's rows, sorted by name; none where there is no manifest, or one that is damaged or of another version."""
     for path in _places(folder):
         try:
-            line, _, content = path.read_bytes().partition(b"\n")
-            head = json.loads(line)
-            if head["format"] == "vitssl-manifest" and head["version"] == VERSION:
-                return np.frombuffer(content, row_type(head["name_bytes"]), count=head["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
+            rows = _parsed(path.read_bytes())
+        except OSError:
             continue
+        if rows is not None:
+            return rows
+    if is_url(folder) and (content := remote.small_file(f"{folder}/{NAME}", access)) is not None:
+        rows = _parsed(content)
+        if rows is not None and (rows["size"] > 0).all() and (rows["samples"] > 0).all():
+            return rows
     return np.empty(0, row_type(1))
 
 
-def _merge(folder: str, rows: NDArray) -> None:
+def _parsed(content: bytes) -> NDArray | None:
+    line, _, content = content.partition(b"\n")
+    try:
+        head = json.loads(line)
+        if head["format"] == "vitssl-manifest" and head["version"] == VERSION:
+            return np.frombuffer(content, row_type(head["name_bytes"]), count=head["shards"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _merge(folder: str, rows: NDArray, access: Access) -> None:
     """Write the folder's manifest anew: these rows, and those it has of other shards that are still there."""
-    known = _read(folder)
+    known = read_manifest(folder, access)
     others = known[~np.isin(known["name"], rows["name"])]
-    others = (
-        others[[os.path.exists(os.path.join(folder, os.fsdecode(name))) for name in others["name"]]] if len(others) else others
-    )
+    if len(others) and not is_url(folder):
+        others = others[[os.path.exists(os.path.join(folder, os.fsdecode(name))) for name in others["name"]]]
     width = max(rows["name"].itemsize, others["name"].itemsize)
     merged = np.concatenate([each.astype(row_type(width)) for each in (rows, others)])
     merged = merged[np.argsort(merged["name"], kind="stable")]

@@ -36,6 +36,7 @@ class MixedOrder:
         self.orders, self.seed = list(orders), seed
         sizes = np.array([order.num_samples for order in orders], dtype=np.int64)
         self.num_samples = int(sizes.sum())
+        self.lanes, self.reach = 1, min(order.reach for order in orders)
         self._firsts = np.cumsum(sizes) - sizes  # where the ids of each source begin
         shares = np.asarray(weights, dtype=np.float64)
         self._borders = np.cumsum(shares / shares.sum())

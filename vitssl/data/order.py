@@ -17,25 +17,37 @@ from vitssl import draws
 from vitssl.views import purpose
 
 WINDOW = 1024
+_FORWARD = 256  # positions to look ahead where nothing is shuffled
 _CHUNKS, _SAMPLES = purpose("order of chunks"), purpose("order of samples")
-_LANES = (1, 2, 4, 6, 12, 24, 60, 120, 240)  # highly divisible: whole lanes for almost any number of processes and workers
+# Highly divisible: whole lanes for almost any number of processes and workers.
+_LANES = (1, 2, 4, 6, 12, 24, 60, 120, 240, 360, 720, 840, 1260, 1680, 2520, 5040, 7560, 10080)
+_USUAL = 240  # lanes that are enough for any mixing, and for 60 processes that read
 
 
-def default_lanes(num_samples: int) -> int:
-    """The largest highly divisible number of at most ``num_samples`` / 1000. The data alone decides, never the machine."""
-    return max(lanes for lanes in _LANES if lanes == 1 or lanes <= num_samples / 1000)
+def default_lanes(num_samples: int, loaders: int = 1) -> int:
+    """The largest highly divisible number of at most ``num_samples`` / 1000 and 240, so that any machine trains the same run.
+
+    More than 240 only where more than 60 ``loaders`` read side by side: then the smallest that gives each of them four.
+    """
+    enough = min((lanes for lanes in _LANES if lanes >= max(_USUAL, 4 * loaders)), default=_LANES[-1])
+    return max(lanes for lanes in _LANES if lanes == 1 or lanes <= min(enough, num_samples / 1000))
 
 
-def default_chunk(num_samples: int) -> int:
-    """Samples per chunk: 16, and as many more as keep an epoch at no more than two million chunks."""
-    return max(16, -(-num_samples // 2_000_000))
+def default_chunk(num_samples: int, mean_bytes: int | None = None) -> int:
+    """Samples per chunk: 16, and as many more as keep an epoch at no more than two million chunks.
+
+    ``mean_bytes`` of a sample are given where a chunk is one request to a server: then it holds about a MiB.
+    """
+    least = 16 if mean_bytes is None else max(1, (1 << 20) // max(1, mean_bytes))
+    return max(least, -(-num_samples // 2_000_000))
 
 
 class Order:
     """The order of a run over chunks of samples; ids count the samples chunk by chunk.
 
-    ``chunks`` [C] are sample counts (>= 1). ``lanes`` defaults to :func:`default_lanes`. ``shuffle=False`` is the identity,
-    epoch after epoch. Picklable and small: two epochs of chunk order and four windows are kept.
+    ``reach`` is how many positions ahead a reader should look; ``chunks`` [C] are sample counts (>= 1). ``lanes`` defaults to
+    :func:`default_lanes`. ``shuffle=False`` is the identity, epoch after epoch. Picklable and small: two epochs of chunk order
+    and four windows are kept.
     """
 
     def __init__(
@@ -49,6 +61,7 @@ class Order:
         self.lanes = default_lanes(self.num_samples) if lanes is None else lanes
         if not 1 <= self.lanes <= self.num_samples or window < 1:
             raise ValueError(f"{self.lanes} lanes with windows of {window} do not fit {self.num_samples} samples")
+        self.reach = self.lanes * -(-window // 2) if shuffle else _FORWARD
         self._starts = np.cumsum(self.chunks) - self.chunks
         self._epochs: OrderedDict[int, tuple[NDArray, NDArray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], tuple[NDArray, NDArray]] = OrderedDict()

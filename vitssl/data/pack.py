@@ -163,6 +163,8 @@ def _write(source: Source, config: PackConfig, task: tuple[Path, NDArray[np.int6
 
 def _shrunk(raw: Raw, config: PackConfig) -> tuple[str, bytes, transforms.Pixels | None]:
     """(extension, encoded image, its pixels if they were decoded). DataError for one that must be decoded and cannot be."""
+    if raw.problem:
+        raise DataError(raw.problem)
     extension = raw.where.split(" (byte")[0].rpartition(".")[2].lower()
     if config.short_side is None and config.max_side is None:
         return extension, raw.image, None

@@ -26,14 +26,17 @@ class Sample(NamedTuple):
     label: int | None
 
 
-def samples(shard: str) -> tuple[list[Sample], int]:
+def samples(path: str, *, shard: str | None = None) -> tuple[list[Sample], int]:
     """The samples of a shard in the order of their first members, and the number of members that belong to none.
+
+    ``shard`` is its name in messages, where ``path`` is a copy of it.
 
     Raises DataError: missing, empty, compressed, truncated or damaged shard; a sample without an image, or with two members
     of one name; a label that is not a whole number >= 0.
     """
+    shard = shard or path
     try:
-        with open(shard, "rb") as file:
+        with open(path, "rb") as file:
             return _group(shard, file)
     except OSError as error:
         raise DataError(f"{shard}: cannot be read ({error.strerror or error}); check the path and its permissions") from None

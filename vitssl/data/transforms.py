@@ -44,11 +44,13 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def decode(raw: Raw, channels: int = 3) -> Pixels:
     """Decode an image of any mode to uint8 [H, W, C] (``channels`` 1, 3 or 4); the first frame of an animation.
 
-    16-bit values keep their upper byte. Raises DataError naming ``raw.where``: not an image, damaged, too many pixels, or
-    floating-point pixels, whose range nobody states.
+    16-bit values keep their upper byte. Raises DataError naming ``raw.where``: no bytes, not an image, damaged, too many
+    pixels, or floating-point pixels, whose range nobody states.
     """
     if channels not in _MODES:
         raise ConfigError(f"images decode to 1, 3 or 4 channels, not {channels}; set the encoder's channels to one of these")
+    if raw.problem:
+        raise DataError(raw.problem)
     try:
         pixels = _decode_jpeg(raw.image) if channels == 3 and raw.image.startswith(b"\xff\xd8\xff") else None
         return _decode_any(raw.image, channels) if pixels is None else pixels

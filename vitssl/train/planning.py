@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vitssl import dist
-from vitssl.data.feed import choose_lanes, choose_workers
+from vitssl.data.feed import choose_lanes, choose_workers, whole_lanes
 from vitssl.data.sources import Source
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
@@ -53,6 +53,9 @@ def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
     lr, rule = scaled_lr(config.optim.base_lr, config.optim.lr_rule, config.batch_size)
     groups = group_parameters(task)
     each = activations(task.stacks(), config, precision)
+    chosen = choose_workers(config.data, device=device)
+    lanes = choose_lanes(source, config.data, loaders=dist.world() * max(1, chosen))
+    workers, readers = whole_lanes(source, config.data, lanes=lanes, workers=chosen)
     frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
     return Plan(
         steps=steps,
@@ -70,8 +73,9 @@ def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
         engine=config.launch.engine,
         precision=precision,
         device=device,
-        workers=choose_workers(config.data, device=device),
-        lanes=choose_lanes(source, config.data),
+        workers=workers,
+        lanes=lanes,
+        readers=readers,
         parameters={group.rule.name: group.size for group in groups} | ({"frozen": frozen} if frozen else {}),
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
     )

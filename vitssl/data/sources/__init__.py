@@ -13,8 +13,10 @@ from vitssl.data import demo
 from vitssl.data.sources.base import Raw, Source
 from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.joined import Joined
-from vitssl.data.sources.shards import ShardSource, find_shards, is_shard
+from vitssl.data.sources.patterns import find_shards, is_shard, shards_of_url
+from vitssl.data.sources.shards import ShardSource
 from vitssl.data.sources.subset import Subset, label_like, take_labelled
+from vitssl.data.stores import USUAL, Access, is_url, parted, shown
 from vitssl.data.tarscan import IMAGES
 from vitssl.errors import ConfigError, DataError
 
@@ -39,14 +41,15 @@ def open_source(
     *,
     kind: Kind = "auto",
     split: str | None = None,
+    access: Access = USUAL,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
     """Open what the user named.
 
-    ``auto``: a folder that holds tars, a pattern or a list are shards, any other folder is one of images. ``split`` picks the
-    sub-folder ``<split>/`` or the shards ``<split>-*.tar`` of a folder. ``demo`` renders the demo set into ``path`` once and
-    opens its ``train`` (default) or ``test`` split. ``progress(done, all)`` counts shards indexed (demo: also images drawn).
-    Raises ConfigError, and DataError where something is missing, empty or damaged.
+    ``auto``: a folder that holds tars, a pattern, urls or a list are shards, any other folder is one of images. ``split``
+    picks the sub-folder ``<split>/`` or the shards ``<split>-*.tar`` of a folder. ``demo`` renders the demo set into ``path``
+    once and opens its ``train`` (default) or ``test`` split. ``progress(done, all)`` counts shards indexed (demo: also images
+    drawn). Raises ConfigError, and DataError where something is missing, empty or damaged.
     """
     path = [_at_home(each) for each in path] if isinstance(path, list | tuple) else _at_home(path)
     if kind == "demo":
@@ -55,10 +58,10 @@ def open_source(
         demo.render(Path(path), progress=progress)
         split = split or "train"
     if split is not None:
-        path = _split(path, split)
+        path = _split(path, split, access)
     if kind == "auto":
         kind = _kind(path)
-    return FolderSource(path) if kind == "folder" else ShardSource(path, progress=progress)
+    return FolderSource(path) if kind == "folder" else ShardSource(path, access=access, progress=progress)
 
 
 def _at_home(path: str | os.PathLike) -> str:
@@ -77,8 +80,13 @@ def _kind(path: str | list[str]) -> Literal["shards", "folder"]:
     return "shards"
 
 
-def _split(path: str | list[str], split: str) -> str | list[str]:
+def _split(path: str | list[str], split: str, access: Access) -> str | list[str]:
     """The sub-folder of a split, or its shards."""
+    if isinstance(path, str) and is_url(path):
+        found = shards_of_url(path, access)
+        if not (shards := [shard for shard in found if parted(shard)[1].startswith(f"{split}-")]):
+            raise DataError(f"{shown(path)}: none of its {len(found):,} shards is named {split}-*.tar; correct it")
+        return shards
     if not isinstance(path, str) or not os.path.isdir(path):
         raise ConfigError(f"split {split!r} is looked up in a folder, but {path!r} is none; name a folder or no split")
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))

@@ -15,13 +15,23 @@ from numpy.typing import NDArray
 class Raw(NamedTuple):
     """One sample as it is stored: the encoded image, its label where it has one, and ``where`` it lies, for messages.
 
-    ``key`` is its name within the source, such as ``train-003.tar/0027``: what a ledger writes down.
+    ``key`` is its name within the source, such as ``train-003.tar/0027``: what a ledger writes down. Bytes that could not be
+    had are empty, and ``problem`` says why; ``passing`` problems are the network's or the moment's.
     """
 
     key: str
     image: bytes
     label: int | None
     where: str
+    problem: str = ""
+    passing: bool = False
+
+
+class Ahead(NamedTuple):
+    """What a reader will be asked for soon (ids, soonest first), and the bytes it may hold for that in this process."""
+
+    ids: NDArray[np.int64]
+    memory: int
 
 
 def fingerprint(parts: Iterable[str | bytes]) -> str:
@@ -42,9 +52,11 @@ class Source(Protocol):
     classes: tuple[str, ...] | None  # names of the labels, where they have any
     ignored: int  # files or members that are no part of any sample
     fingerprint: str  # equal for equal samples under equal ids, wherever they lie: what a continued run compares
+    by_chunk: bool  # one sample costs as much as its chunk: to be asked for close together, in one process, and ahead of need
+    mean_bytes: int  # of a sample as it is stored; 0 where that is not known
 
-    def read(self, ids: Sequence[int]) -> list[Raw]:
-        """The samples of these ids, in this order. Raises DataError where one cannot be read."""
+    def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
+        """The samples of these ids, in this order, each with its bytes or its problem."""
         ...
 
     def label_array(self) -> NDArray[np.int64] | None:

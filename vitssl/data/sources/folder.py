@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Raw, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, fingerprint
 from vitssl.data.tarscan import IMAGES
 from vitssl.errors import DataError
 
@@ -42,9 +42,10 @@ class FolderSource:
             self.classes, self._labels = tuple(names.tolist()), labels.astype(np.int64)
         self.labels = self.classes is not None
         self.fingerprint = fingerprint(images)
+        self.by_chunk, self.mean_bytes = False, 0
 
-    def read(self, ids: Sequence[int]) -> list[Raw]:
-        """The samples of these ids, in this order. Raises DataError where a file is gone."""
+    def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
+        """The samples of these ids, in this order, each with its bytes or its problem."""
         return [self._read(number) for number in ids]
 
     def label_array(self) -> NDArray[np.int64] | None:
@@ -54,13 +55,13 @@ class FolderSource:
     def _read(self, number: int) -> Raw:
         file = os.fsdecode(self._files[number])
         where = os.path.join(self.name, file)
+        label = None if self._labels is None else int(self._labels[number])
         try:
             with open(where, "rb") as opened:
-                image = opened.read()
+                return Raw(key=file, image=opened.read(), label=label, where=where)
         except OSError as error:
-            raise DataError(f"{where}: cannot be read ({error.strerror or error}); put it back and start again") from None
-        label = None if self._labels is None else int(self._labels[number])
-        return Raw(key=file, image=image, label=label, where=where)
+            problem = f"{where}: cannot be read ({error.strerror or error}); put it back and start again"
+            return Raw(file, b"", label, where, problem, passing=True)
 
 
 def _files(folder: str, seen: set[str], prefix: str = "") -> Iterator[str]:

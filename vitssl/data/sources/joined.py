@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Raw, Source, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint
 from vitssl.data.sources.subset import label_like
 
 
@@ -22,18 +22,24 @@ class Joined:
         self.chunks = np.concatenate([part.chunks for part in parts])
         self.classes = parts[0].classes if self.labels else None
         self.fingerprint = fingerprint([part.fingerprint for part in parts])
+        self.by_chunk, self.mean_bytes = any(part.by_chunk for part in parts), max(part.mean_bytes for part in parts)
         self._starts = np.cumsum([0] + [part.num_samples for part in parts[:-1]])
 
-    def read(self, ids: Sequence[int]) -> list[Raw]:
+    def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
         """The samples of these ids, in this order; a key says of which part it is."""
         ids = np.asarray(ids, dtype=np.int64)
-        owners = np.searchsorted(self._starts, ids, side="right") - 1
+        owners = self._owners(ids)
+        soon = self._owners(ahead.ids) if ahead else None
         found: dict[int, Raw] = {}
         for owner in np.unique(owners).tolist():
-            rows = np.flatnonzero(owners == owner)
-            raws = self.parts[owner].read((ids[rows] - self._starts[owner]).tolist())
+            rows, start = np.flatnonzero(owners == owner), self._starts[owner]
+            part = ahead and Ahead(ahead.ids[soon == owner] - start, ahead.memory // len(self.parts))
+            raws = self.parts[owner].read((ids[rows] - start).tolist(), part)
             found |= {row: raw._replace(key=f"{owner}:{raw.key}") for row, raw in zip(rows.tolist(), raws, strict=True)}
         return [found[row] for row in range(len(ids))]
+
+    def _owners(self, ids: NDArray) -> NDArray:
+        return np.searchsorted(self._starts, ids, side="right") - 1
 
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every part has all of them."""

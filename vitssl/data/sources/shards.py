@@ -1,40 +1,53 @@
-"""Tar shards on local disks, read at member offsets through their sidecar index; nothing is buffered.
+"""Tar shards, read at member offsets through their sidecar index: local ones image by image, remote ones a chunk a request.
 
 Chunks are runs of samples of one shard. Surprising: the order of the samples is the order of the list, so patterns are
 expanded sorted, and a shard added at the end changes the order of a run but no sample's id.
 """
 
-import glob
 import json
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.index import SUFFIX, ShardIndex
-from vitssl.data.manifest import NAME, index_shards
+from vitssl.data import remote
+from vitssl.data.buffer import ChunkBuffer
+from vitssl.data.index import ShardIndex
+from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
-from vitssl.data.sources.base import Raw, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, fingerprint
+from vitssl.data.sources.patterns import find_shards
+from vitssl.data.stores import USUAL, Access, Unreachable, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
 
-_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones too: refused, not overlooked
+DEFAULT_MEMORY = 1 << 30  # bytes of remote chunks that a process may hold, where nobody said how many
 _OPEN = 128  # descriptors a process keeps
 _MAPPED = 1024  # sidecars it keeps mapped
 
 
 class ShardSource:
-    """Shards named by a brace pattern (``{000..099}``), a glob, a list of these, a folder of tars or one tar.
+    """Shards named by a brace pattern (``{000..099}``), a glob, a folder of tars, one tar, urls, or a list of these.
 
-    ``progress(shards done, shards in all)`` is called while the index is built. Raises ConfigError for urls and patterns that
-    do not expand, and DataError for shards that are missing, empty, truncated, compressed or damaged.
+    ``progress(shards done, shards in all)`` is called while the index is built. Raises ConfigError for urls that are not
+    allowed and patterns that do not expand, and DataError for shards that are missing, empty, truncated, compressed or damaged.
     """
 
-    def __init__(self, path: str | Sequence[str], *, progress: Callable[[int, int], None] | None = None) -> None:
-        self.name = path if isinstance(path, str) else _shortened(path)
-        self.manifest = index_shards(find_shards(path), progress=progress)
+    def __init__(
+        self,
+        path: str | Sequence[str],
+        *,
+        access: Access = USUAL,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.name = shown(path) if isinstance(path, str) else _shortened(path)
+        shards = find_shards(path, access)
+        if len({is_url(shard) for shard in shards}) > 1:
+            raise ConfigError(f"{self.name}: some shards are local and some are not; name them apart, in data.sources")
+        self.manifest = index_shards(shards, access=access, progress=progress)
         rows = self.manifest.rows
         counts = rows["samples"]
         self.num_samples, self.ignored = int(counts.sum()), int(rows["ignored"].sum())
@@ -42,17 +55,25 @@ class ShardSource:
         self.fingerprint = fingerprint(rows["identity"].tolist())
         self.labels = self.num_unlabelled == 0
         self.classes = self._class_names() if self.labels else None
-        self.chunks = _chunks(counts, default_chunk(self.num_samples))
-        self._starts = np.cumsum(counts) - counts
+        self.by_chunk = is_url(self.manifest.shards[0])
+        self.mean_bytes = int(rows["size"].sum()) // self.num_samples
+        self.chunks = _chunks(counts, default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
+        self._starts, self._chunk_starts = np.cumsum(counts) - counts, np.cumsum(self.chunks) - self.chunks
+        self._buffer = ChunkBuffer(self._fetch, size=_bytes)
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._indexes: dict[int, ShardIndex] = {}  # shared with the threads that fetch chunks
 
-    def read(self, ids: Sequence[int]) -> list[Raw]:
-        """The samples of these ids, in this order. Raises DataError where a shard is gone or shorter than its index says."""
+    def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
+        """The samples of these ids, in this order, each with its bytes or its problem."""
         ids = np.asarray(ids, dtype=np.int64)
+        memory = ahead.memory if ahead else DEFAULT_MEMORY
+        if self.by_chunk:
+            soon = np.concatenate([ids, ahead.ids]) if ahead else ids
+            self._buffer.expect(_in_order(self._chunk_of(soon)), limit=memory)
         shards = np.searchsorted(self._starts, ids, side="right") - 1
         places = ids - self._starts[shards]
-        return [self._read(shard, place) for shard, place in zip(shards.tolist(), places.tolist(), strict=True)]
+        chunks = self._chunk_of(ids).tolist() if self.by_chunk else [0] * len(ids)
+        return [self._read(*each, memory) for each in zip(shards.tolist(), places.tolist(), chunks, strict=True)]
 
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every sample has one (``num_unlabelled`` counts those that have none)."""
@@ -62,40 +83,62 @@ class ShardSource:
 
     def _class_names(self) -> tuple[str, ...] | None:
         """The class names of the ``about.json`` beside the shards, where there is one."""
-        about = os.path.join(os.path.dirname(self.manifest.shards[0]), "about.json")
+        about = "/".join((parted(self.manifest.shards[0])[0] or ".", "about.json"))
         try:
-            with open(about, encoding="utf-8") as file:
-                classes = json.load(file)["classes"]
+            content = remote.small_file(about, self.manifest.access) if is_url(about) else Path(about).read_bytes()
+            classes = json.loads(content or b"{}")["classes"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if not isinstance(classes, list):
             return None
         if (largest := int(self.label_array().max())) >= len(classes):
-            raise DataError(f"{about}: names {len(classes)} classes, and there is a label {largest}; correct it or remove it")
+            where = f"{shown(about)}: names {len(classes)} classes"
+            raise DataError(f"{where}, and there is a label {largest}; correct it or remove it")
         return tuple(map(str, classes))
 
-    def _read(self, number: int, place: int) -> Raw:
-        shard = self._index(number)
-        key, offset, length, label, extension = shard.records[place].tolist()
-        key = key.decode("utf-8", "replace")
-        where = f"{shard.shard}: {key}.{extension.decode()} (byte {offset:,})"
+    def _read(self, number: int, place: int, chunk: int, memory: int) -> Raw:
+        name, key, where, label = parted(self.manifest.shards[number])[1], f"number {place:,}", "", None
         try:
-            image = os.pread(self._descriptor(number), length, offset)
+            shard = self._index(number)
+            key, offset, length, label, extension = shard.records[place].tolist()
+            key, label = key.decode("utf-8", "replace"), label if label >= 0 else None
+            where = f"{shown(shard.shard)}: {key}.{extension.decode()} (byte {offset:,})"
+            if self.by_chunk:
+                first, content = self._buffer.get(chunk, limit=memory)
+                image = content[offset - first : offset - first + length]
+            else:
+                image = os.pread(self._descriptor(number), length, offset)
+            if len(image) < length:
+                raise DataError("the shard ends before this image does; it changed since the run started: restore it")
         except OSError as error:
-            raise DataError(
-                f"{where}: cannot be read ({error.strerror or error}); put the shard back and start again"
-            ) from None
-        if len(image) < length:
-            raise DataError(f"{where}: the shard ends before this image does; it changed since the run started: restore it")
-        return Raw(key=f"{os.path.basename(shard.shard)}/{key}", image=image, label=label if label >= 0 else None, where=where)
+            reason = f"cannot be read ({error.strerror or error}); put the shard back and start again"
+            return Raw(f"{name}/{key}", b"", label, where, f"{where}: {reason}", passing=True)
+        except DataError as error:
+            reason = str(error) if not where or shown(self.manifest.shards[number]) in str(error) else f"{where}: {error}"
+            return Raw(f"{name}/{key}", b"", label, where, reason, passing=isinstance(error, Unreachable))
+        return Raw(f"{name}/{key}", image, label, where)
+
+    def _chunk_of(self, ids: NDArray) -> NDArray:
+        return np.searchsorted(self._chunk_starts, ids, side="right") - 1
+
+    def _fetch(self, chunk: int) -> tuple[int, bytes]:
+        """(offset, bytes) of a remote chunk: from its first image to the end of its last."""
+        first = int(self._chunk_starts[chunk])
+        number = int(np.searchsorted(self._starts, first, side="right")) - 1
+        place = first - int(self._starts[number])
+        records = self._index(number).records[place : place + int(self.chunks[chunk])]
+        start, stop = int(records["offset"].min()), int((records["offset"] + records["length"]).max())
+        shard, size = self.manifest.shards[number], int(self.manifest.rows["size"][number])
+        return start, remote.read(shard, start, stop - start, size, self.manifest.access)
 
     def _index(self, number: int) -> ShardIndex:
-        if number not in self._indexes:
-            self._indexes[number] = self.manifest.open(number)
-            if len(self._indexes) > _MAPPED:
-                self._indexes.popitem(last=False)
-        self._indexes.move_to_end(number)
-        return self._indexes[number]
+        index = self._indexes.get(number)
+        if index is None:
+            index = self._indexes[number] = self.manifest.open(number)
+            with suppress(RuntimeError):  # another thread was quicker
+                while len(self._indexes) > _MAPPED:
+                    self._indexes.pop(next(iter(self._indexes)), None)
+        return index
 
     def _descriptor(self, number: int) -> int:
         if number not in self._files:
@@ -106,73 +149,15 @@ class ShardSource:
         return self._files[number]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": OrderedDict(), "_indexes": OrderedDict()}
+        return self.__dict__ | {"_files": OrderedDict(), "_indexes": {}, "_buffer": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state
+        self._buffer = ChunkBuffer(self._fetch, size=_bytes)
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
-
-
-def find_shards(path: str | Sequence[str]) -> list[str]:
-    """The local shards that a brace pattern, a glob, a folder, a file or a list of these names, in order."""
-    if isinstance(path, str):
-        return _expand(path)
-    if not path:
-        raise ConfigError("the list of shards is empty; name at least one")
-    return [shard for each in path for shard in _expand(each)]
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file name is that of a tar."""
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-
-
-def _may_be_shard(path: str) -> bool:
-    """Whether a path that a pattern met is none of the files that indexing leaves beside shards."""
-    return not (path.endswith(SUFFIX) or os.path.basename(path) == NAME)
-
-
-def _expand(pattern: str) -> list[str]:
-    if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", pattern, flags=re.IGNORECASE):
-        raise ConfigError(
-            f"{pattern!r}: shards are read from local disks only, no url and no pipe; copy them and name their path"
-        )
-    if os.path.isdir(pattern):
-        shards = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name)]
-        if not shards:
-            raise DataError(f"{pattern}: this folder holds no tar shards ({_holds(pattern)}); correct the path")
-        return shards
-    if os.path.exists(pattern):
-        return [pattern]
-    from webdataset.shardlists import expand_urls  # imports torch's data loading: only where a pattern is to be expanded
-
-    try:
-        expanded = expand_urls(pattern)
-    except ValueError as error:
-        raise ConfigError(f"{pattern!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
-    shards, missing = [], []
-    for each in expanded:
-        found = [each] if os.path.isfile(each) else sorted(filter(_may_be_shard, glob.glob(each)))
-        shards += found
-        missing += [] if found else [each]
-    if missing:
-        folder = os.path.dirname(missing[0]) or "."
-        what = "nothing is there"
-        if len(expanded) > 1:
-            what = f"{len(missing)} of {len(expanded)} shards are missing, the first is {missing[0]}"
-        raise DataError(f"{pattern}: {what}; {folder} {_holds(folder)}: correct the path")
-    return shards
-
-
-def _holds(folder: str) -> str:
-    """What a folder holds, in words, for a message about what it does not."""
-    if not os.path.isdir(folder):
-        return "is not a folder"
-    names = sorted(os.listdir(folder))
-    shards = [name for name in names if is_shard(name)]
-    if not shards:
-        return f"holds {len(names)} files and no tar"
-    return f"holds {len(shards)} tars, {shards[0]} to {shards[-1]}"
 
 
 def _chunks(counts: NDArray, size: int) -> NDArray[np.int64]:
@@ -183,5 +168,15 @@ def _chunks(counts: NDArray, size: int) -> NDArray[np.int64]:
     return counts[shard] * (place + 1) // pieces[shard] - counts[shard] * place // pieces[shard]
 
 
+def _bytes(chunk: tuple[int, bytes]) -> int:
+    return len(chunk[1])
+
+
+def _in_order(numbers: NDArray) -> list[int]:
+    """Distinct numbers, by their first place."""
+    return list(dict.fromkeys(numbers.tolist()))
+
+
 def _shortened(paths: Sequence[str]) -> str:
+    paths = [shown(path) for path in paths[:1]] + list(paths[1:])
     return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more" if paths else "no shards"

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vitssl import draws
-from vitssl.data.sources.base import Raw, Source, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint
 from vitssl.errors import DataError
 from vitssl.views import purpose
 
@@ -25,10 +25,12 @@ class Subset:
         self.fingerprint = fingerprint([source.fingerprint, self.ids.tobytes()])
         size = -(-self.num_samples // 2_000_000)
         self.chunks = np.diff(np.append(np.arange(0, self.num_samples, size), self.num_samples))
+        self.by_chunk, self.mean_bytes = source.by_chunk, source.mean_bytes
 
-    def read(self, ids: Sequence[int]) -> list[Raw]:
+    def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
         """The samples of these ids of the subset, in this order."""
-        return self.source.read(self.ids[np.asarray(ids, dtype=np.int64)].tolist())
+        ahead = ahead and ahead._replace(ids=self.ids[ahead.ids])
+        return self.source.read(self.ids[np.asarray(ids, dtype=np.int64)].tolist(), ahead)
 
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every sample of the source has one."""
@@ -43,10 +45,12 @@ class Renumbered:
         self.source, self.numbers, self.classes = source, np.asarray(numbers, dtype=np.int64), classes
         self.name, self.num_samples, self.chunks = source.name, source.num_samples, source.chunks
         self.labels, self.ignored, self.fingerprint = source.labels, source.ignored, source.fingerprint
+        self.by_chunk, self.mean_bytes = source.by_chunk, source.mean_bytes
 
-    def read(self, ids: Sequence[int]) -> list[Raw]:
+    def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
         """The samples of these ids, in this order."""
-        return [raw._replace(label=int(self.numbers[raw.label])) for raw in self.source.read(ids)]
+        raws = self.source.read(ids, ahead)
+        return [raw if raw.label is None else raw._replace(label=int(self.numbers[raw.label])) for raw in raws]
 
     def label_array(self) -> NDArray[np.int64]:
         """[N] labels."""

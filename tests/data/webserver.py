@@ -1,0 +1,121 @@
+"""A real web server on loopback for the tests of remote data: serves a folder, knows ranges or not, and misbehaves on order."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class WebServer(ThreadingHTTPServer):
+    """``faults`` are taken one a request, in order, by the path they are for ('' for any): see :class:`_Handler`."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.ranges = folder, ranges
+        self.faults: dict[str, list[str]] = {}
+        self.requests: list[tuple[str, str]] = []  # (path, Range header)
+        self.authorizations: list[str] = []
+        self.bytes = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def next_fault(self, path: str) -> str:
+        with self.lock:
+            for name in (path, ""):
+                if self.faults.get(name):
+                    fault = self.faults[name][0]
+                    if not fault.startswith("always "):
+                        self.faults[name].pop(0)
+                    return fault.removeprefix("always ")
+        return "fine"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        server: WebServer = self.server
+        path = self.path.partition("?")[0].lstrip("/")
+        said = self.headers.get("Range", "")
+        with server.lock:
+            server.requests.append((path, said))
+            server.authorizations.append(self.headers.get("Authorization", ""))
+        fault = server.next_fault(path)
+        if fault.isdigit():
+            return self._answer(int(fault), b"not now")
+        if fault.startswith("redirect "):
+            return self._answer(302, b"", Location=fault.removeprefix("redirect "))
+        if fault == "stall":
+            time.sleep(5)
+            self.close_connection = True
+            return None
+        file = server.folder / path
+        if not file.is_file():
+            return self._answer(404, b"nothing here")
+        content, size, status, headers = file.read_bytes(), file.stat().st_size, 200, {"ETag": f'"{file.stat().st_mtime_ns}"'}
+        if server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", said)):
+            first, last = int(asked[1]), min(int(asked[2] or size), size - 1)
+            if first >= size:
+                return self._answer(416, b"", **{"Content-Range": f"bytes */{size}"})
+            content, status = content[first : last + 1], 206
+            if fault == "another place":
+                first += 1
+            headers["Content-Range"] = f"bytes {first}-{last}/{size}" if fault != "no total" else f"bytes {first}-{last}/*"
+        return self._answer(status, content, fault, **headers)
+
+    def _answer(self, status: int, content: bytes, fault: str = "fine", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        length = {"says more": len(content) + 100, "says less": len(content) // 2}.get(fault, len(content))
+        if fault != "no length":
+            self.send_header("Content-Length", str(length))
+        else:
+            self.close_connection = True
+        self.end_headers()
+        if fault == "cut":
+            content, self.close_connection = content[: max(1, len(content) // 2)], True
+        if fault == "says more":
+            self.close_connection = True
+        if fault == "stall inside":
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            time.sleep(5)
+            self.close_connection = True
+            return
+        if fault == "drip":
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.05)
+            return
+        self.wfile.write(content)
+        with self.server.lock:
+            self.server.bytes += len(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def serving(folder: Path, *, ranges: bool = True) -> Iterator[WebServer]:
+    """A server of a folder, on a port of its own."""
+    server = WebServer(folder, ranges=ranges)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

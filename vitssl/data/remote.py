@@ -1,0 +1,102 @@
+"""What is asked of a shard that lies elsewhere: its size, its ends, small files beside it, and a copy of it for a while."""
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vitssl.data.cache import DiskCache
+from vitssl.data.stores import Access, NoRanges, Stat, Unreachable, is_url, open_store, shown
+from vitssl.errors import DataError
+
+_whole: dict[str, str] = {}  # shards that can only be had whole, and where their copies are
+_SMALL = 256 << 20  # bytes of an index or a manifest: of more than that nothing good is to be expected
+
+
+def user_cache() -> Path:
+    """``$VITSSL_CACHE``, or ``~/.cache/vitssl``."""
+    return Path(os.environ.get("VITSSL_CACHE") or "~/.cache/vitssl").expanduser()
+
+
+def disk_cache(access: Access) -> DiskCache:
+    """The cache the user named, or the user's own."""
+    return DiskCache(access.cache or user_cache() / "files", limit=access.cache_bytes)
+
+
+def stat(shard: str, access: Access) -> Stat:
+    """Size, tag and whether ranges can be read. Raises DataError, Unreachable."""
+    found = open_store(shard, access).stat(shard)
+    return found if found.size >= 0 else found._replace(size=os.path.getsize(_kept(shard, access)))
+
+
+def ends(shard: str, length: int, access: Access) -> tuple[int, bytes, bytes]:
+    """(size, first bytes, last bytes) of a remote shard, as reading a local one gives them."""
+    found = stat(shard, access)
+    last = max(0, found.size - length)
+    if found.ranges:
+        store = open_store(shard, access)
+        return found.size, store.read(shard, 0, min(length, found.size)), store.read(shard, last, found.size - last)
+    with open(_kept(shard, access), "rb") as file:
+        first = file.read(min(length, found.size))
+        file.seek(last)
+        return found.size, first, file.read(found.size - last)
+
+
+def read(shard: str, offset: int, length: int, size: int, access: Access) -> bytes:
+    """A range of a remote shard of this size, through the cache where the user named one. Raises DataError, Unreachable."""
+    cache, key = disk_cache(access), f"{shard} {size} {offset} {length}"
+    try:
+        if shard in _whole:
+            raise NoRanges(shard)
+        content = cache.get(key) if access.cache else None
+        if content is None:
+            content = open_store(shard, access).read(shard, offset, length, size=size)
+            if access.cache:
+                cache.put(key, content)
+    except NoRanges:
+        with open(_kept(shard, access), "rb") as file:
+            content = os.pread(file.fileno(), length, offset)
+        if len(content) < length:
+            raise DataError(f"{shown(shard)}: ends before byte {offset + length:,}; it changed since it was indexed") from None
+    return content
+
+
+@contextmanager
+def copy_of(shard: str, access: Access) -> Iterator[str]:
+    """The path of a local shard, or of a copy of a remote one that lasts as long as this does."""
+    if not is_url(shard):
+        yield shard
+        return
+    if not stat(shard, access).ranges:
+        yield _kept(shard, access)
+        return
+    folder = user_cache() / "index"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
+        open_store(shard, access).fetch(shard, file)
+        file.flush()
+        yield file.name
+
+
+def small_file(url: str, access: Access) -> bytes | None:
+    """All of a file that may not be there, such as an index. Raises Unreachable."""
+    store, content = open_store(url, access), io.BytesIO()
+    try:
+        if not 0 <= store.stat(url).size <= _SMALL:
+            return None
+        store.fetch(url, content)
+    except Unreachable:
+        raise
+    except DataError:
+        return None
+    return content.getvalue()
+
+
+def _kept(shard: str, access: Access) -> str:
+    """A whole copy in the cache, of a shard that cannot be read in parts; its checksum is looked at once a process."""
+    if not os.path.exists(_whole.get(shard, "")):
+        store = open_store(shard, access)
+        _whole[shard] = disk_cache(access).file(f"{shard} whole", lambda file: store.fetch(shard, file))
+    return _whole[shard]

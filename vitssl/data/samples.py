@@ -1,0 +1,121 @@
+"""The samples of a source as the views ask for them, by their positions in the run; what cannot be used has a substitute."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from vitssl import draws
+from vitssl.data import transforms
+from vitssl.data.order import Order
+from vitssl.data.sources.base import Ahead, Raw, Source
+from vitssl.errors import DataError
+from vitssl.task import Bad, Batch
+from vitssl.views import View, purpose
+
+_AUGMENT, _SUBSTITUTE = purpose("augment"), purpose("substitute")
+
+
+class Samples(Dataset):
+    """The samples of a source in an order, as the views ask for them. Indexed by global positions of the run.
+
+    ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
+    ``substitute``: an image that does not decode, or whose key ``quarantine`` holds, is replaced by another of the source, a
+    function of (seed, position) and of the bytes alone; the batch says so. ``memory`` bytes may be held of a source that is
+    read by chunk.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        views: Iterable[View],
+        *,
+        seed: int,
+        channels: int = 3,
+        labels: bool = False,
+        augment: transforms.Augment | None = None,
+        substitute: bool = False,
+        quarantine: frozenset[str] = frozenset(),
+        memory: int = 1 << 30,
+    ) -> None:
+        self.memory, self._begun = memory, False
+        self.substitute, self.quarantine = substitute, quarantine
+        self.source, self.order, self.views = source, order, tuple(views)
+        self.seed, self.channels, self.labels, self.augment = seed, channels, labels, augment
+        assert order.num_samples == source.num_samples, "the order was made for another source"
+        if labels and not source.labels:
+            missing = getattr(source, "num_unlabelled", source.num_samples)
+            lacking = f"{missing:,} of {source.num_samples:,} samples have no label"
+            raise DataError(f"{source.name}: {lacking}, and labels are needed here; name a labelled set")
+
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+        return self.source.num_samples
+
+    def __getitem__(self, position: int) -> Batch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The batch of the samples at these [B] global positions. Raises DataError for one that cannot be read or decoded."""
+        positions = np.array(positions, dtype=np.int64)
+        raws = self.source.read(self.order.locate(positions), self._ahead(positions))
+        numbers = {view: transforms.draw_numbers(view, seed=self.seed, positions=positions).tolist() for view in self.views}
+        seeds = {view: self._augment_seeds(view, positions) for view in self.views}
+        pixels = {view: np.empty((len(raws), *view.size, self.channels), dtype=np.uint8) for view in self.views}
+        keys, bad = tuple(raw.key for raw in raws), []
+        for row, raw in enumerate(raws):
+            image, reason = self._decoded(raw)
+            if image is None:
+                raws[row], image = self._another(int(positions[row]), reason)
+                known = raw.key in self.quarantine
+                bad.append(Bad(int(positions[row]), raw.key, raws[row].key, reason, known, raw.passing and not known))
+            for view in self.views:
+                pixels[view][row] = transforms.show(
+                    image, view, numbers[view][row], augment=self.augment, augment_seed=seeds[view][row]
+                )
+        return Batch(
+            views={view: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() for view, images in pixels.items()},
+            positions=torch.from_numpy(positions),
+            labels=torch.tensor([raw.label for raw in raws]) if self.labels else None,
+            keys=keys,
+            bad=tuple(bad),
+        )
+
+    def _ahead(self, positions: np.ndarray) -> Ahead | None:
+        """What stands a reach further on, in the lanes of these positions; the first time also all that lies between."""
+        if not self.source.by_chunk:
+            return None
+        reach, step = self.order.reach, self.order.lanes
+        later = positions + reach
+        if not self._begun:
+            self._begun = True
+            later = np.add.outer(np.arange(step, reach + step, step), positions).ravel()
+        return Ahead(self.order.locate(later), self.memory)
+
+    def _decoded(self, raw: Raw) -> tuple[transforms.Pixels | None, str]:
+        """(image, "") or (None, why not)."""
+        if raw.key in self.quarantine:
+            return None, f"{raw.where}: named in the quarantine file"
+        try:
+            return transforms.decode(raw, self.channels), ""
+        except DataError as error:
+            if not self.substitute:
+                raise
+            return None, str(error)
+
+    def _another(self, position: int, reason: str) -> tuple[Raw, transforms.Pixels]:
+        """The first that decodes of ten samples drawn for a position. Raises DataError where none does."""
+        drawn = draws.hashed(self.seed, _SUBSTITUTE, torch.tensor([position]), 10)[0] & 0x7FFFFFFFFFFFFFFF
+        for raw in self.source.read((drawn % len(self)).tolist()):
+            image, _ = self._decoded(raw)
+            if image is not None:
+                return raw, image
+        raise DataError(f"{reason}; nor do ten others of {self.source.name}: look at the data")
+
+    def _augment_seeds(self, view: View, positions: np.ndarray) -> list[int]:
+        if self.augment is None:
+            return [0] * len(positions)
+        hashes = draws.hashed(self.seed, draws.fold(_AUGMENT, view.purpose), torch.from_numpy(positions), 1)
+        return (hashes[:, 0] & 0x7FFFFFFFFFFFFFFF).tolist()

@@ -1,0 +1,96 @@
+"""Which shards a user means by a brace pattern, a glob, a folder, a file, a url, or a list of these."""
+
+import glob
+import os
+from collections.abc import Sequence
+
+from vitssl.data.index import SUFFIX
+from vitssl.data.manifest import NAME, read_manifest
+from vitssl.data.stores import USUAL, Access, is_url, open_store, parted, shown
+from vitssl.errors import ConfigError, DataError
+
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones too: refused, not overlooked
+
+
+def find_shards(path: str | Sequence[str], access: Access = USUAL) -> list[str]:
+    """The shards that a brace pattern, a glob, a folder, a file, a url or a list of these names, in order.
+
+    Raises ConfigError for patterns that do not expand and urls that are not allowed, DataError for what is not there.
+    """
+    if isinstance(path, str):
+        return _expand(path, access)
+    if not path:
+        raise ConfigError("the list of shards is empty; name at least one")
+    return [shard for each in path for shard in _expand(each, access)]
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file name is that of a tar."""
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def _may_be_shard(path: str) -> bool:
+    """Whether a path that a pattern met is none of the files that indexing leaves beside shards."""
+    return not (path.endswith(SUFFIX) or os.path.basename(path) == NAME)
+
+
+def shards_of_url(url: str, access: Access = USUAL) -> list[str]:
+    """The shards of a remote folder or glob: those its manifest names, or those its store lists.
+
+    Raises ConfigError for a web server's folder that has no manifest, DataError where there is no shard.
+    """
+    rows = read_manifest(url.rstrip("/"), access)
+    found = [f"{url.rstrip('/')}/{os.fsdecode(name)}" for name in rows["name"]] or open_store(url, access).find(url)
+    shards = [each for each in found if is_shard(parted(each)[1])]
+    if not shards:
+        raise DataError(f"{shown(url)}: no tar shard is there ({len(found):,} other files); correct the address")
+    return shards
+
+
+def _expand(pattern: str, access: Access) -> list[str]:
+    if not is_url(pattern) and os.path.isdir(pattern):
+        shards = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name)]
+        if not shards:
+            raise DataError(f"{pattern}: this folder holds no tar shards ({_holds(pattern)}); correct the path")
+        return shards
+    if os.path.exists(pattern):
+        return [pattern]
+    from webdataset.shardlists import expand_urls  # imports torch's data loading: only where a pattern is to be expanded
+
+    try:
+        expanded = expand_urls(pattern)
+    except ValueError as error:
+        raise ConfigError(f"{pattern!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
+    if is_url(pattern):
+        expanded = [each.partition(":")[0].lower() + ":" + each.partition(":")[2] for each in expanded]
+        open_store(pattern, access)  # refuses a scheme before anything is asked
+        whole = [[each] if _is_one(each) else shards_of_url(each, access) for each in expanded]
+        return [shard for found in whole for shard in found]
+    shards, missing = [], []
+    for each in expanded:
+        found = [each] if os.path.isfile(each) else sorted(filter(_may_be_shard, glob.glob(each)))
+        shards += found
+        missing += [] if found else [each]
+    if missing:
+        folder = os.path.dirname(missing[0]) or "."
+        what = "nothing is there"
+        if len(expanded) > 1:
+            what = f"{len(missing)} of {len(expanded)} shards are missing, the first is {missing[0]}"
+        raise DataError(f"{pattern}: {what}; {folder} {_holds(folder)}: correct the path")
+    return shards
+
+
+def _is_one(url: str) -> bool:
+    """Whether a url names one shard, and no folder or glob."""
+    return url.startswith("pipe:") or (is_shard(parted(url)[1]) and not set("*[") & set(parted(url)[1]))
+
+
+def _holds(folder: str) -> str:
+    """What a folder holds, in words, for a message about what it does not."""
+    if not os.path.isdir(folder):
+        return "is not a folder"
+    names = sorted(os.listdir(folder))
+    shards = [name for name in names if is_shard(name)]
+    if not shards:
+        return f"holds {len(names)} files and no tar"
+    return f"holds {len(shards)} tars, {shards[0]} to {shards[-1]}"

@@ -1,0 +1,77 @@
+"""The one contract of every place that holds files: how large one is, some of its bytes, all of its bytes.
+
+Two kinds of failure: what is wrong with the file or the request raises DataError and will be so again; what the network or the
+moment decided raises :class:`Unreachable`, after the store has tried for a while. Stores are small pickles and survive a fork.
+"""
+
+import os
+import re
+from typing import BinaryIO, NamedTuple, Protocol
+
+from vitssl.errors import DataError
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:", flags=re.IGNORECASE)
+
+
+class Unreachable(DataError):
+    """Bytes that did not come although they were asked for again and again: the network's fault, or the moment's."""
+
+
+class NoRanges(DataError):
+    """A file that can only be had whole."""
+
+
+class Stat(NamedTuple):
+    """A file's size in bytes, its tag (changes with its content; empty where unknown), and whether parts of it can be read."""
+
+    size: int
+    tag: str
+    ranges: bool
+
+
+class Store(Protocol):
+    """Files named by urls."""
+
+    def stat(self, url: str) -> Stat:
+        """Raises DataError where there is no such file, Unreachable."""
+        ...
+
+    def read(self, url: str, offset: int, length: int, *, size: int | None = None) -> bytes:
+        """Exactly these bytes of a file of ``size``. Raises DataError (gone, of another size), NoRanges, Unreachable."""
+        ...
+
+    def fetch(self, url: str, file: BinaryIO) -> None:
+        """Write all bytes to ``file``. Raises DataError, Unreachable."""
+        ...
+
+    def find(self, pattern: str) -> list[str]:
+        """The urls that a folder or a glob names, sorted. Raises ConfigError where the store cannot list."""
+        ...
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names something that is no local file: a scheme of two letters or more and a colon."""
+    return len(found.group()) > 2 if (found := _URL.match(path)) else False
+
+
+def parted(path: str) -> tuple[str, str]:
+    """(folder, file name) of a local path or a url, whose query is part of neither."""
+    if not is_url(path):
+        return os.path.dirname(path), os.path.basename(path)
+    plain = path.split("?", 1)[0].split("#", 1)[0]
+    folder, _, name = plain.rpartition("/")
+    return folder, name
+
+
+def beside(path: str, suffix: str) -> str:
+    """The file whose name is that of ``path`` and a suffix; of a url without its query, which is the shard's alone."""
+    return f"{path}{suffix}" if not is_url(path) else "/".join(parted(path)) + suffix
+
+
+def shown(url: str) -> str:
+    """A url for people, logs and ledgers: without user, password and query, which may be secrets."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    host, slash, path = rest.split("?", 1)[0].split("#", 1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

@@ -1,0 +1,265 @@
+"""Files on web servers: parts by range requests, with patience for servers that are busy, stall, or cut a body short.
+
+A body that breaks off is continued where it ended. Redirects are followed by hand, because a list of urls is not to be trusted
+with the network behind the firewall: at most five, to another host over https only, never to a private address, never with
+the first host's credentials.
+"""
+
+import ipaddress
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+
+import urllib3
+from urllib3.exceptions import HTTPError
+
+from vitssl.data.stores.base import NoRanges, Stat, Unreachable, shown
+from vitssl.errors import ConfigError, DataError
+
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MOST_REDIRECTS = 5
+_PIECE = 1 << 20  # bytes of a body that are taken at once
+_LONGEST = 60.0  # seconds between two tries, whatever the server asks for
+
+
+class HttpStore:
+    """``tries`` in a row that gain nothing end in Unreachable; ``wait`` seconds before the second, doubled each time.
+
+    ``timeout`` in seconds for connecting and for each silence. ``trusted`` are host names that a redirect may lead to although
+    their addresses are private.
+    """
+
+    def __init__(
+        self, *, tries: int = 6, wait: float = 0.5, timeout: float = 30.0, trusted: frozenset[str] = frozenset()
+    ) -> None:
+        self.tries, self.wait, self.timeout, self.trusted = tries, wait, timeout, trusted
+        self._pool: tuple[int, urllib3.PoolManager] | None = None
+
+    def stat(self, url: str) -> Stat:
+        """From the answer to a request for the first byte: some servers that know ranges answer HEAD wrongly or not at all."""
+
+        def ask() -> Stat:
+            with self._answer(url, {"Range": "bytes=0-0"}) as answer:
+                if answer.status == 416:  # the file is empty
+                    return Stat(0, "", ranges=True)
+                tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+                if answer.status == 206:
+                    answer.read()  # one byte: the connection is kept
+                    return Stat(_span(url, answer)[2], tag, ranges=True)
+                size = answer.headers.get("Content-Length", "")
+                if not size.isdigit():
+                    raise DataError(f"{shown(url)}: the server does not say how long it is; use another server or a local copy")
+                return Stat(int(size), tag, ranges=False)
+
+        return self._patiently(url, ask)
+
+    def read(self, url: str, offset: int, length: int, *, size: int | None = None) -> bytes:
+        """Bytes ``offset`` to ``offset + length``; several requests where the server cuts its answers short."""
+        got = bytearray()
+
+        def ask() -> None:
+            first = offset + len(got)
+            with self._answer(url, {"Range": f"bytes={first}-{offset + length - 1}"}) as answer:
+                if answer.status == 416:
+                    raise DataError(
+                        f"{shown(url)}: ends before byte {first:,}; it changed since it was indexed: index it again"
+                    )
+                if answer.status != 206:
+                    raise NoRanges(f"{shown(url)}: the server reads no ranges")
+                begin, _, total = _span(url, answer)
+                if size is not None and total != size:
+                    raise DataError(f"{shown(url)}: has {total:,} bytes and had {size:,} when it was indexed; index it again")
+                if begin != first:
+                    raise Unreachable(f"{shown(url)}: the server sent other bytes than those asked for")
+                for piece in self._pieces(answer):
+                    got.extend(piece[: length - len(got)])
+
+        if length:
+            self._patiently(url, ask, gained=lambda: len(got), enough=lambda: len(got) >= length)
+        return bytes(got)
+
+    def fetch(self, url: str, file: BinaryIO) -> None:
+        """The whole body, continued where it broke off if the server can, else from its beginning."""
+        start, size = file.tell(), None
+
+        def ask() -> None:
+            nonlocal size
+            done = file.tell() - start
+            with self._answer(url, {"Range": f"bytes={done}-"} if done else {}) as answer:
+                if done and answer.status == 416:  # an earlier answer promised more than there is
+                    if answer.headers.get("Content-Range") != f"bytes */{done}":
+                        raise DataError(f"{shown(url)}: has {done:,} bytes and was said to have {size:,}; look at the server")
+                    size = done
+                    return
+                if done and (answer.status != 206 or _span(url, answer)[0] != done):
+                    file.seek(start)
+                    file.truncate()
+                stated = answer.headers.get("Content-Length", "")
+                if file.tell() == start and stated.isdigit():
+                    size = int(stated)
+                for piece in self._pieces(answer):
+                    file.write(piece)
+
+        def whole() -> bool:
+            return size is None or file.tell() - start >= size
+
+        self._patiently(url, ask, gained=lambda: file.tell(), enough=whole)
+
+    def find(self, pattern: str) -> list[str]:
+        """Web servers have no common way to list a folder."""
+        raise ConfigError(
+            f"{shown(pattern)}: a web server does not list its files; write a range, as in shard-{{000..099}}.tar"
+        )
+
+    def _patiently(
+        self,
+        url: str,
+        ask: Callable[[], object],
+        *,
+        gained: Callable[[], int] = lambda: 0,
+        enough: Callable[[], bool] = lambda: True,
+    ) -> object:
+        """``ask()`` until it went well and brought ``enough``; tries are counted anew whenever bytes were ``gained``."""
+        failures, before, reason = 0, gained(), ""
+        while failures < self.tries:
+            pause, won = self.wait * 2**failures, False
+            try:
+                found = ask()
+                if enough():
+                    return found
+                reason, won = "the answer ended early", gained() > before
+            except _Busy as busy:
+                reason, pause = f"status {busy.status}", max(pause, busy.pause)
+            except Unreachable as error:  # a trickle wins nothing
+                reason = str(error).partition(": ")[2] or str(error)
+            except (HTTPError, OSError) as error:
+                reason, won = _in_words(error), gained() > before
+            failures, before = (1 if won else failures + 1), gained()
+            if failures < self.tries:
+                time.sleep(min(pause, _LONGEST))
+        raise Unreachable(f"{shown(url)}: cannot be reached ({reason}, {self.tries} tries); look at the network and the server")
+
+    @contextmanager
+    def _answer(self, url: str, headers: dict[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
+        """The answer to a GET, redirects followed, its body unread. Raises _Busy, and DataError for what is refused."""
+        origin, credentials = urlsplit(url), _credentials(url)
+        current = url
+        for _ in range(_MOST_REDIRECTS + 1):
+            same = _host(urlsplit(current)) == _host(origin)
+            answer = self._manager().request(
+                "GET",
+                _without_credentials(current),
+                headers={"Accept-Encoding": "identity", **headers, **(credentials if same else {})},
+                preload_content=False,
+                redirect=False,
+                retries=False,
+                timeout=urllib3.Timeout(connect=self.timeout, read=self.timeout),
+            )
+            try:
+                if answer.status not in _REDIRECTS:
+                    _judge(url, answer)
+                    yield answer
+                    return
+                current = self._next_place(url, current, answer.headers.get("Location", ""))
+            finally:
+                answer.close()  # a body that was read to its end has given its connection back; no other is worth the reading
+        raise DataError(f"{shown(url)}: more than {_MOST_REDIRECTS} redirects; name the file's own address")
+
+    def _pieces(self, answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
+        """The body as it comes. Raises Unreachable for one that trickles: less than 1 KiB a second over a whole timeout."""
+        came, since = 0, time.monotonic()
+        while piece := answer.read1(_PIECE, decode_content=False):
+            yield piece
+            came += len(piece)
+            if (passed := time.monotonic() - since) > self.timeout:
+                if came < 1024 * passed:
+                    raise Unreachable(f"{came:,} bytes in {passed:.0f} s")
+                came, since = 0, time.monotonic()
+
+    def _next_place(self, url: str, current: str, location: str) -> str:
+        """Where a redirect leads, or DataError where it must not."""
+        target = urljoin(current, location)
+        here, there = urlsplit(current), urlsplit(target)
+        if not location or there.scheme not in ("http", "https") or not there.hostname:
+            raise DataError(f"{shown(url)}: redirects to {location[:80]!r}, which is no web address; name the file's own")
+        if _host(there) == _host(here):
+            return target
+        trusted = there.hostname in self.trusted
+        if there.scheme != "https" and not trusted:
+            raise DataError(
+                f"{shown(url)}: redirects to another host without https ({shown(target)}); name the file's own address"
+            )
+        if not trusted and not _public(there.hostname):
+            raise DataError(f"{shown(url)}: redirects to a private address ({shown(target)}); name the file's own address")
+        return target
+
+    def _manager(self) -> urllib3.PoolManager:
+        """This process's connections: a forked child must not talk on its parent's."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = os.getpid(), urllib3.PoolManager(maxsize=32)
+        return self._pool[1]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_pool": None}
+
+
+class _Busy(Exception):
+    def __init__(self, status: int, pause: float) -> None:
+        self.status, self.pause = status, pause
+
+
+def _judge(url: str, answer: urllib3.BaseHTTPResponse) -> None:
+    if answer.status in _BUSY:
+        after = answer.headers.get("Retry-After", "")
+        raise _Busy(answer.status, float(after) if after.isdigit() else 0.0)
+    if answer.status in (200, 206, 416):
+        return
+    words = {401: "wants credentials", 403: "is forbidden", 404: "is not there", 410: "is gone"}
+    what = words.get(answer.status, "was refused")
+    raise DataError(f"{shown(url)}: {what} (status {answer.status}); correct the address or put the file there")
+
+
+def _span(url: str, answer: urllib3.BaseHTTPResponse) -> tuple[int, int, int]:
+    """(first, last, size) of a partial answer."""
+    said = answer.headers.get("Content-Range", "")
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said.strip())
+    if not found:
+        raise DataError(f"{shown(url)}: the server answers with a range of {said[:40]!r}; use another server or a local copy")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _in_words(error: Exception) -> str:
+    if "IncompleteRead" in str(error):
+        return "the answer ended early"
+    return " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
+
+
+def _host(parts) -> tuple[str, str | None, int | None]:
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _public(host: str) -> bool:
+    """Whether every address of a host is one of the public network; True where it has none: connecting then says so."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return True
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in found)
+
+
+def _credentials(url: str) -> dict[str, str]:
+    parts = urlsplit(url)
+    if not parts.username:
+        return {}
+    return urllib3.make_headers(basic_auth=f"{unquote(parts.username)}:{unquote(parts.password or '')}")
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
