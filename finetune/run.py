@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune.config import FinetuneConfig
 from vitssl import dist
 from vitssl.command import Command
 from vitssl.data.augment import erasing, mixer, rand_augment
 from vitssl.data.feed import evaluation_samples, open_configured, share
-from vitssl.data.sources import Source, label_like, take_labelled
-from vitssl.errors import DataError
+from vitssl.data.sources import Joined, Source, label_like, take_labelled
+from vitssl.errors import ConfigError, DataError
 from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.report import Report
@@ -76,8 +78,14 @@ def with_own_statistics(config: FinetuneConfig) -> FinetuneConfig:
 def open_training(config: FinetuneConfig, report: Report) -> Source:
     """The labelled images to train on, all or a class-balanced few."""
     source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
-    if source.label_array() is None:
+    labels = source.label_array()
+    if labels is None:
         raise DataError(f"{source.name}: fine-tuning needs a label for every image (.cls members, or class folders)")
+    different, largest = len(np.unique(labels)), int(labels.max())
+    if source.classes is None and largest >= max(1000, 10 * different):
+        raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
+    if config.labelled and isinstance(source, Joined):
+        raise ConfigError("labelled and data.sources exclude each other: few labels are balanced by class, not by weight")
     return take_labelled(source, num=config.labelled, seed=config.seed) if config.labelled else source
 
 
@@ -92,7 +100,10 @@ def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
     head = ClassificationHead(
         encoder.spec.dim, num_classes, pooling=pooling, norm=norm, init=config.head.init, std=config.head.std
     )
+    encoder.spec.refuse_pooling(pooling)
     augment = config.augment
+    if augment.rand_augment and encoder.spec.channels not in (1, 3):
+        raise ConfigError(f"augment.rand_augment: is for 1 or 3 channels, not {encoder.spec.channels}; set it to null")
     return Classify(
         encoder,
         head,
@@ -122,7 +133,7 @@ class Evaluation:
     def act(self, step: int) -> None:
         """Measure, write the row, and keep the classifier if none was better."""
         session = self.session
-        result = evaluate(session.engine, share(self.samples), seed=session.config.seed)
+        result = evaluate(session.engine, share(self.samples, tell=session.report.say), seed=session.config.seed)
         best = max((row["top1"] for row in self.rows()), default=-1.0)
         session.report.scalars({f"test/{name}": value for name, value in result.items()}, step)
         session.report.rows("probes.jsonl", [{"step": step, **result, "images": len(self.samples)}])

@@ -41,7 +41,7 @@ class ProbeConfig(Section):
     crop_pct: Share = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
     every: Every = Field(Duration(20, "%"), description="between two probes")
     k: Count = Field(20, description="neighbours that vote")
-    temperature: float = Field(0.07, gt=0, description="of the vote's weights exp(cosine / T)")
+    temperature: float = Field(0.07, ge=0.002, description="of the vote's weights exp(cosine / T)")
 
 
 class PretrainConfig(ProgramConfig):

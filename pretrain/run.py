@@ -16,7 +16,7 @@ from vitssl.models.plain import PlainMAE
 from vitssl.objectives.mixture import Mixture
 from vitssl.report import Report
 from vitssl.train.bench import bench_step
-from vitssl.train.export import encoder_facts, fill_encoder, write_export
+from vitssl.train.export import encoder_facts, fill_encoder, read_facts, write_export
 from vitssl.train.folder import run_folder
 from vitssl.train.launch import choose_device
 from vitssl.train.loop import Event
@@ -31,6 +31,8 @@ def run(config: PretrainConfig, command: Command) -> int:
     def build() -> Mixture:
         return build_task(config)
 
+    if config.weights:
+        read_facts(config.weights)  # what is not there is refused before anything is built, also by --plan
     watched: list[Watched] = []
 
     def open_data(report: Report) -> Source:
@@ -65,6 +67,7 @@ def run(config: PretrainConfig, command: Command) -> int:
 def build_task(config: PretrainConfig) -> Mixture:
     """Encoder and objectives, freshly initialised."""
     encoder = Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"}))
+    encoder.spec.refuse_pooling(config.pooling)
     parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}
     return Mixture(encoder, parts, mean=config.data.mean, std=config.data.std)
 

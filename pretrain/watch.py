@@ -66,13 +66,15 @@ def heldout(session: Session, source: Source | None) -> Event:
     )
 
     def act(step: int) -> None:
-        values = {f"{name}/{key}": value for key, value in evaluate(engine, share(samples), seed=config.seed).items()}
+        found = evaluate(engine, share(samples, tell=report.say), seed=config.seed)
+        values = {f"{name}/{key}": value for key, value in found.items()}
         report.scalars(values, step)
         report.rows("probes.jsonl", [{"step": step, **values}])
         report.say(f"step {step:,}  {name} loss {values[f'{name}/loss']:.4f}")
         if engine.main and config.heldout.pictures:
             batch = samples.__getitems__(range(min(config.heldout.pictures, len(samples)))).to(engine.device)
-            pictures = engine.task.pictures(batch, Clock(step=0, total=1, samples=0, seed=config.seed))
+            clock = Clock(step=0, total=1, samples=0, seed=config.seed)
+            pictures = engine.task.pictures(batch, clock) if len(batch) else None
             if pictures is not None:
                 save_sheet(session.folder / "pictures" / f"step_{step:08}.png", sheet(pictures))
                 report.images("reconstructions", sheet(pictures)[None].numpy(), step)
@@ -84,12 +86,18 @@ class Probe:
     """Frozen features of labelled images: a bank that votes (kNN) or fits (ridge), and queries that are judged."""
 
     def __init__(self, session: Session, watched: Watched) -> None:
-        self.session, config = session, session.config
-        spec = session.engine.task.encoder.spec
-        self.view = View(size=spec.image_size, resize=round(min(spec.image_size) / config.probe.crop_pct))
-        samples = {"channels": spec.channels, "labels": True}
-        self.bank = evaluation_samples(watched.bank, [self.view], limit=config.probe.bank_samples, **samples)
-        self.queries = evaluation_samples(watched.queries, [self.view], limit=config.probe.queries_samples, **samples)
+        self.session, self.watched = session, watched
+        self.bank, self.queries = self._samples(*session.engine.task.encoder.spec.image_size)
+
+    def _samples(self, height: int, width: int) -> list[Samples]:
+        """Bank and queries, as images of this size."""
+        spec, config = self.session.engine.task.encoder.spec, self.session.config
+        view = View(size=(height, width), resize=round(min(height, width) / config.probe.crop_pct))
+        options = {"channels": spec.channels, "labels": True}
+        return [
+            evaluation_samples(self.watched.bank, [view], limit=config.probe.bank_samples, **options),
+            evaluation_samples(self.watched.queries, [view], limit=config.probe.queries_samples, **options),
+        ]
 
     def event(self) -> Event:
         """The probe as something the loop does."""
@@ -98,13 +106,17 @@ class Probe:
     def act(self, step: int) -> None:
         """Judge the encoder as it is after ``step``."""
         engine, pooling = self.session.engine, self.session.config.pooling
-        bank = extract(engine, share(self.bank), pooling=pooling)
-        self._judge(step, "", *bank, *extract(engine, share(self.queries), pooling=pooling))
+        bank, queries = (
+            extract(engine, share(samples, tell=self.session.report.say), pooling=pooling)
+            for samples in (self.bank, self.queries)
+        )
+        self._judge(step, "", *bank, *queries)
 
     def baselines(self) -> None:
-        """What any encoder has to beat: its own random initialisation, and the pixels themselves."""
+        """What any encoder has to beat: itself before training, and the pixels themselves (of images of at most 32 x 32)."""
         self.act(0)
-        self._judge(0, "pixels_", *self._pixels(self.bank), *self._pixels(self.queries))
+        small = self._samples(*(min(side, 32) for side in self.session.engine.task.encoder.spec.image_size))
+        self._judge(0, "pixels_", *self._pixels(small[0]), *self._pixels(small[1]))
 
     def _judge(self, step: int, name: str, *features_and_labels: Tensor) -> None:
         report, config = self.session.report, self.session.config.probe
@@ -114,14 +126,18 @@ class Probe:
         }
         report.scalars({f"probe/{key}": value for key, value in values.items()}, step)
         report.rows("probes.jsonl", [{"step": step, **values, "bank": len(self.bank), "queries": len(self.queries)}])
-        what = "raw pixels" if name else "random initialisation" if step == 0 else "encoder"
+        before = "the weights it starts from" if self.session.config.weights else "random initialisation"
+        what = "raw pixels" if name else before if step == 0 else "encoder"
         report.say(
             f"step {step:,}  {what}: kNN-{config.k} {values[f'{name}knn']:.1%}, ridge {values[f'{name}ridge']:.1%}"
             f" ({len(self.bank):,} labelled images judge {len(self.queries):,})"
         )
 
     def _pixels(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        rows = [(batch.views[self.view].flatten(1).float(), batch.labels, batch.positions) for batch in share(samples)]
-        pixels, labels, positions = (dist.gather_rows(torch.cat(parts)) for parts in zip(*rows, strict=True))
+        (view,), device = samples.views, self.session.engine.device
+        size = samples.channels * view.size[0] * view.size[1]
+        rows = [(torch.zeros(0, size, dtype=torch.uint8), *2 * [torch.zeros(0, dtype=torch.int64)])]
+        rows += [(b.views[view].flatten(1), b.labels, b.positions) for b in share(samples, tell=lambda text: None)]
+        pixels, labels, positions = (dist.gather_rows(torch.cat(parts).to(device)) for parts in zip(*rows, strict=True))
         order = torch.argsort(positions)
-        return pixels[order] - pixels.mean(), labels[order]
+        return pixels[order].float() - pixels.float().mean(), labels[order]

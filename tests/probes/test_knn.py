@@ -72,3 +72,13 @@ def test_lengths_of_features_do_not_matter():
 def test_answers_outside_the_bank_are_wrong_not_an_error():
     features, labels = torch.eye(3), torch.tensor([0, 1, 2])
     assert knn_accuracy(features, labels, features, torch.tensor([0, 1, 7]), k=1) == pytest.approx(2 / 3)
+
+
+def test_a_low_temperature_is_the_nearest_neighbour():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(n, 8, generator=generator) for n in (300, 100))
+    labels = torch.randint(3, (300,), generator=generator)
+    nearest = knn_votes(bank, labels, queries, num_classes=3, k=1).argmax(dim=1)
+    for temperature in (0.012, 0.01, 0.002):
+        votes = knn_votes(bank, labels, queries, num_classes=3, k=20, temperature=temperature)
+        assert votes.isfinite().all() and (votes.argmax(dim=1) == nearest).double().mean() > 0.75

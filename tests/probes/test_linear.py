@@ -54,3 +54,11 @@ def test_a_strong_penalty_leaves_the_commonest_class():
     bank, queries = clusters(200, 8, classes=4, seed=1), clusters(300, 8, classes=4, seed=2)
     share = (queries[1] == bank[1].bincount().argmax()).double().mean().item()
     assert ridge_accuracy(*bank, *queries, strength=1e9) == pytest.approx(share)
+
+
+def test_more_features_than_samples_cost_no_square_of_the_features():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(2, 100_000, generator=generator)
+    labels, answers = (torch.arange(n) % 2 for n in (20, 30))
+    bank, queries = (centres[rows] + torch.randn(len(rows), 100_000, generator=generator) for rows in (labels, answers))
+    assert ridge_accuracy(bank, labels, queries, answers) == 1.0  # 80 GB by the other form

@@ -189,11 +189,16 @@ def picture(number: int, *, size: tuple[int, int] = (20, 18), mode: str = "RGB",
     return buffer.getvalue()
 
 
-def write_shard(path: Path, numbers: range) -> None:
-    """A tar of these pictures, of four classes."""
+@pytest.fixture(scope="session", name="write_shard")
+def write_shard_fixture() -> Callable[..., None]:
+    """``write_shard(path, numbers, label=)``: a tar of these pictures, of four classes or as ``label(number)`` says."""
+    return write_shard
+
+
+def write_shard(path: Path, numbers: range, label: Callable[[int], int] = lambda number: number % 4) -> None:
     with tarfile.open(path, "w") as tar:
         for number in numbers:
-            for extension, content in (("jpg", picture(number)), ("cls", str(number % 4).encode())):
+            for extension, content in (("jpg", picture(number)), ("cls", str(label(number)).encode())):
                 info = tarfile.TarInfo(f"{number:04}.{extension}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

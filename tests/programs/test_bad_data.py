@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,15 +97,69 @@ def test_an_image_met_on_the_way_costs_no_step(
     assert "from step 9" in again.out and again.losses() == pytest.approx(exported.losses(), rel=1e-5)
 
 
-def test_a_test_image_that_does_not_decode_costs_no_step(finetune: Callable, data: Path, tmp_path: Path) -> None:
+def ruin(folder: Path, *keys: int) -> None:
+    """Overwrite these images of the test shard."""
+    content = (folder / "test-0.tar").read_bytes()
+    for key in keys:
+        start = content.index(f"{key:04}.jpg".encode()) + 512
+        content = content[:start] + b"x" * 200 + content[start + 200 :]
+    (folder / "test-0.tar").write_bytes(content)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_images_that_are_only_looked_at_are_left_out_and_told(
+    pretrain: Callable, finetune: Callable, data: Path, tmp_path: Path, processes: int
+) -> None:
     shutil.copytree(data, tmp_path / "data")
-    content = (tmp_path / "data/test-0.tar").read_bytes()
-    start = content.index(b"0066.jpg") + 512
-    (tmp_path / "data/test-0.tar").write_bytes(content[:start] + b"x" * 200 + content[start + 200 :])
-    run = finetune(tmp_path / "run", f"test.path={tmp_path / 'data'}", "test.every=4", "checkpoint.every=100")
-    refused(run, "test-0.tar: 0066.jpg", "replace it or take it out")
-    assert [path.name for path in run.checkpoints()] == ["step_00000004"]
-    assert "from step 4" in finetune(tmp_path / "run").ok().out
+    ruin(tmp_path / "data", 66)
+    test = [f"{{}}.path={tmp_path / 'data'}", "{}.split=test"]
+    words = f"1 of 16 images of {tmp_path / 'data'}/test-0.tar left out; the first: {tmp_path / 'data'}/test-0.tar: 0066.jpg"
+    run = finetune(tmp_path / "run", *(each.format("test") for each in test), "test.every=4", processes=processes).ok()
+    assert words in run.out and (run.folder / "export/last/classifier.safetensors").exists()
+    watched = [each.format(key) for key in ("heldout", "probe.queries") for each in test]
+    watched += [f"probe.bank.path={data}", "probe.bank.split=train", "heldout.samples=16"]
+    run = pretrain(tmp_path / "pre", *watched, processes=processes).ok()
+    assert run.out.count(words) >= 3 and (run.folder / "export/encoder.safetensors").exists()
+
+
+def test_a_run_whose_last_evaluation_fails_is_not_finished(finetune: Callable, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    ruin(tmp_path / "data", *range(60, 76))
+    argv = ["test.every=4", "checkpoint.every=100"]
+    for step in (4, 8):
+        run = finetune(tmp_path / "run", f"test.path={tmp_path / 'data'}", *argv)
+        refused(run, "none of 16 images can be used; the first", "test-0.tar: 0060.jpg")
+        assert run.checkpoints()[-1].name == f"step_{step:08}"
+    for _ in range(2):
+        run = finetune(tmp_path / "run", f"test.path={tmp_path / 'data'}", *argv, "length=10")
+        refused(run, "none of 16 images can be used")
+        assert run.checkpoints()[-1].name == "step_00000008"
+    assert "from step 8" in finetune(tmp_path / "run", *argv).ok().out
+
+
+CRASH = """
+import sys
+from vitssl.train.launch import Engine
+step, count = Engine.step, [0]
+def crash(self, **options):
+    count[0] += 1
+    if count[0] == 3:
+        raise RuntimeError("out of luck")
+    return step(self, **options)
+Engine.step = crash
+from pretrain.__main__ import main
+from vitssl.report import program
+sys.exit(program(main, sys.argv[1:]))
+"""
+
+
+def test_a_crash_ends_with_its_workers(data: Path, tmp_path: Path) -> None:
+    """In a process of its own: the others of these tests leave without taking their interpreter down."""
+    argv = ["tests/tiny.yaml", f"data.path={data}", "data.split=train", f"run.dir={tmp_path}", "data.workers=2"]
+    run = subprocess.run(
+        [sys.executable, "-c", CRASH, *argv], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1 and run.stderr.rstrip().endswith("RuntimeError: out of luck")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from outcome import refused
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -149,6 +150,25 @@ def counted(*arguments):
 program.open_training = counted
 """).ok()  # fmt: skip
     assert "labels [0, 0, 1, 1, 2, 2, 3, 3]" in run.out and "fine-tuned on 8 labelled images" in run.out
+
+
+MIXTURE = ["data.path=null", "data.split=null", "data.sources=[{{path: {0}, split: train}}]", "labelled=8"]
+REFUSED = {
+    "few labels of a mixture": (MIXTURE, "labelled and data.sources exclude each other"),
+    "a stray label": (["data.path={1}", "data.split=null"], "has 2 different labels, and one is 20,000,000; number classes"),
+    "colours RandAugment does not know": (["encoder={2}", "augment.rand_augment=rand-m9"], "is for 1 or 3 channels, not 4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_fine_tuned(
+    finetune: Callable, pretrain: Callable, write_shard: Callable, data: Path, tmp_path: Path, case: str
+) -> None:
+    argv, words = REFUSED[case]
+    colours = ["encoder.channels=4", "data.mean=[0,0,0,0]", "data.std=[1,1,1,1]"]
+    four = pretrain(tmp_path / "four", *colours, "length=1").ok().folder if "colours" in case else None
+    write_shard(tmp_path / "stray.tar", range(2), label=lambda number: 20_000_000 * number)
+    refused(finetune(tmp_path / "run", *(each.format(data, tmp_path / "stray.tar", four) for each in argv)), words)
 
 
 def test_resumed_with_every_random_thing_it_is_the_same(finetune: Callable, tmp_path: Path) -> None:

@@ -69,6 +69,19 @@ def test_two_processes_measure_what_one_does(pretrain: Callable, data: Path, tmp
     assert "kNN" in one.out.splitlines()[-3] and "raw pixels" in one.out
 
 
+def test_a_probe_of_fewer_images_than_processes(
+    pretrain: Callable, write_shard: Callable, data: Path, exported, tmp_path: Path
+) -> None:
+    """One query for two processes, larger images than the pixels' baseline takes, and weights that are not random."""
+    write_shard(tmp_path / "query.tar", range(1))
+    probe = [f"probe.bank.path={data}", "probe.bank.split=train", f"probe.queries.path={tmp_path}/query.tar", "probe.k=1"]
+    run = pretrain(
+        tmp_path / "run", *probe, "encoder.image_size=48", "length=1", f"weights={exported.folder}", processes=2
+    ).ok()
+    assert [row["queries"] for row in run.rows("probes.jsonl") if "queries" in row] == [1, 1, 1]
+    assert "step 0  the weights it starts from: kNN-1" in run.out and "random initialisation" not in run.out
+
+
 def test_tensorboard_holds_it_all(pretrain: Callable, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

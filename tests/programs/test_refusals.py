@@ -42,6 +42,10 @@ SETTINGS = {
     "loss is no number": (["optim.base_lr=1e30"], ["the loss is nan at step 3; nothing of it was saved", "base_lr"]),
     "weights are no numbers": (RUINED, ["is not finite after step 1; nothing of it was saved", "Lower optim.base_lr"]),
     "no run to resume": (["init.resume=/nowhere"], ["init.resume=/nowhere: there is no checkpoint in /nowhere/checkpoints"]),
+    "no class token to pool": (["encoder.class_token=false", "pooling=class"], ["pooling=class needs a class token"]),
+    "an argument that timm does not know": (["encoder.arguments.norm_layer=foo"], ["timm cannot build it", "'foo'"]),
+    "a temperature of nothing": (["probe.temperature=0.001"], ["probe.temperature=0.001: input should be greater than"]),
+    "no weights, not even for a plan": (["weights=/nowhere", "--plan"], ["/nowhere", "does not exist"]),
     "no weights": (["weights=/nowhere"], ["/nowhere", "does not exist"]),
 }
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from vitssl.errors import CheckpointError
 from vitssl.train import checkpoint
-from vitssl.train.checkpoint import Saved, found, load, load_newest, prune, save
+from vitssl.train.checkpoint import Saved, found, load, load_newest, prune, save, steps
 
 
 class Killed(BaseException):
@@ -219,6 +219,19 @@ def test_nothing_unpickles(tmp_path: Path):
     assert not (tmp_path / "sprung").exists()
     pickle.loads(pickle.dumps(Trap()))
     assert (tmp_path / "sprung").exists(), "the trap works"
+
+
+def test_a_damaged_checkpoint_takes_no_whole_one_s_place(tmp_path: Path):
+    for step in (80, 95):
+        (tmp_path / f"step_{step:08}").mkdir()
+
+    def left(newest: int) -> list[int]:
+        (tmp_path / f"step_{newest:08}").mkdir()
+        prune(tmp_path, newest=newest, keep_last=2, keep_every=None, damaged={95})
+        return steps(tmp_path)
+
+    assert left(90) == [80, 90, 95]
+    assert left(100) == [90, 100]
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,7 +15,7 @@ from vitssl.data.samples import Samples
 from vitssl.data.sources import Joined, Source, Subset, open_source
 from vitssl.data.stores import Access
 from vitssl.data.transforms import Augment
-from vitssl.errors import ConfigError, UserError
+from vitssl.errors import ConfigError, DataError, UserError
 from vitssl.sections import DataConfig, PlaceConfig, SourceConfig
 from vitssl.task import Batch
 from vitssl.views import View, purpose
@@ -90,17 +90,30 @@ def evaluation_samples(
 ) -> Samples:
     """Samples in their own order, at most ``limit`` of them, spread evenly over the source.
 
-    A view with a random crop is drawn from (``seed``, the sample's place), so it is the same crop every time.
+    A view with a random crop is drawn from (``seed``, the sample's place), so it is the same crop every time. Images that
+    cannot be used are left out.
     """
     if limit is not None and limit < source.num_samples:
         source = Subset(source, np.linspace(0, source.num_samples - 1, limit).astype(np.int64))
     order = Order(source.chunks, seed=seed, lanes=1, shuffle=False)
-    return Samples(source, order, views, seed=seed, channels=channels, labels=labels)
+    return Samples(source, order, views, seed=seed, channels=channels, labels=labels, leave_out=True)
 
 
-def share(samples: Samples, *, batch_size: int = 128, workers: int = 0) -> Iterator[Batch]:
-    """This process's part of an evaluation: over all processes each sample comes once."""
-    return evaluation_batches(samples, batch_size=batch_size, rank=dist.rank(), world=dist.world(), workers=workers)
+def share(samples: Samples, *, tell: Callable[[str], None], batch_size: int = 128, workers: int = 0) -> Iterator[Batch]:
+    """This process's part of an evaluation: over all processes each sample comes once.
+
+    At the end ``tell`` gets a line about images that could not be used. Raises DataError, on every process, if none could.
+    """
+    bad, used = [], 0
+    for batch in evaluation_batches(samples, batch_size=batch_size, rank=dist.rank(), world=dist.world(), workers=workers):
+        bad, used = bad + [each.reason for each in batch.bad], used + len(batch)
+        if len(batch):
+            yield batch
+    bad, used = dist.gather_lists(bad), sum(dist.gather_lists([used]))
+    if bad and not used:
+        raise DataError(f"{samples.source.name}: none of {len(samples):,} images can be used; the first: {bad[0]}")
+    if bad:
+        tell(f"{len(bad):,} of {len(samples):,} images of {samples.source.name} left out; the first: {bad[0]}")
 
 
 def choose_lanes(source: Source, config: DataConfig, *, loaders: int = 1) -> list[int]:

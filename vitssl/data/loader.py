@@ -5,9 +5,11 @@ changes nothing but the speed. The state of all this is one integer, the positio
 Surprising: a failure crosses from a worker as a value and is raised here, because torch would wrap it in a traceback's text.
 """
 
+import atexit
 import copy
 import itertools
 import math
+import multiprocessing
 import signal
 import sys
 import threading
@@ -159,6 +161,9 @@ def _load(samples: Samples, positions: _Training | _Once, workers: int) -> Itera
     )
     with _quiet_children():
         iterator = iter(loader)
+    if workers:
+        atexit.unregister(_end_workers)  # last registered, first called: before multiprocessing waits for its children
+        atexit.register(_end_workers)
     try:
         while (batch := _next(iterator)) is not None:
             if isinstance(batch, _Failure):
@@ -194,6 +199,13 @@ def _next(iterator: Iterator) -> Batch | _Failure | None:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _end_workers() -> None:
+    """Workers ignore SIGTERM, which is all that multiprocessing would send those an exception left behind, and then wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _start_worker(worker: int) -> None:

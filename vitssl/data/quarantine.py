@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vitssl import dist
 from vitssl.errors import ConfigError, DataError
 from vitssl.task import Batch
 
@@ -11,22 +12,29 @@ FILE = "quarantine.jsonl"
 FIRST = 1000  # images: a fraction of fewer is no measure
 
 
-def bearable(batches: Iterable[Batch], *, max_fraction: float) -> Iterator[Batch]:
+def bearable(batches: Iterable[Batch], *, max_fraction: float, seen: int = 0, bad: int = 0) -> Iterator[Batch]:
     """The batches, as long as no more than ``max_fraction`` of the images (and of the first 1000) had to be replaced.
 
-    What a quarantine file names does not count. Raises DataError with the image that was one too many, and the counts.
+    ``seen`` and ``bad`` images of the run before it was continued count, as many of each process; what a quarantine file names
+    does not. Raises DataError with the image that was one too many, and the counts.
     """
-    seen = bad = 0
+    world = dist.world()
     for batch in batches:
-        seen += len(batch)
+        seen += world * len(batch)
         found = [each for each in batch.bad if not each.known]
-        bad += len(found)
+        bad += world * len(found)
         if found and bad > max_fraction * max(seen, FIRST):
             counts = (
                 f"; {bad:,} of {seen:,} images could not be used, data.max_bad_fraction={max_fraction:g} bears no more ({FILE})"
             )
             raise DataError(found[-1].reason + counts)
         yield batch
+
+
+def count_bad(folder: Path) -> int:
+    """How many images of the run in a folder had to be replaced, those not counted that a file had named."""
+    path = folder / FILE
+    return sum(not json.loads(line)["known"] for line in path.read_text().splitlines()) if path.exists() else 0
 
 
 def read_quarantine(path: Path | None) -> frozenset[str]:

@@ -22,8 +22,8 @@ class Samples(Dataset):
 
     ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
     ``substitute``: an image that does not decode, or whose key ``quarantine`` holds, is replaced by another of the source, a
-    function of (seed, position) and of the bytes alone; the batch says so. ``memory`` bytes may be held of a source that is
-    read by chunk.
+    function of (seed, position) and of the bytes alone; with ``leave_out`` its row is missing. The batch says so. ``memory``
+    bytes may be held of a source that is read by chunk.
     """
 
     def __init__(
@@ -37,11 +37,13 @@ class Samples(Dataset):
         labels: bool = False,
         augment: transforms.Augment | None = None,
         substitute: bool = False,
+        leave_out: bool = False,
         quarantine: frozenset[str] = frozenset(),
         memory: int = 1 << 30,
     ) -> None:
         self.memory, self._begun = memory, False
-        self.substitute, self.quarantine = substitute, quarantine
+        assert not (substitute and leave_out), "one of the two"
+        self.substitute, self.leave_out, self.quarantine = substitute, leave_out, quarantine
         self.source, self.order, self.views = source, order, tuple(views)
         self.seed, self.channels, self.labels, self.augment = seed, channels, labels, augment
         assert order.num_samples == source.num_samples, "the order was made for another source"
@@ -64,22 +66,26 @@ class Samples(Dataset):
         numbers = {view: transforms.draw_numbers(view, seed=self.seed, positions=positions).tolist() for view in self.views}
         seeds = {view: self._augment_seeds(view, positions) for view in self.views}
         pixels = {view: np.empty((len(raws), *view.size, self.channels), dtype=np.uint8) for view in self.views}
-        keys, bad = tuple(raw.key for raw in raws), []
+        keys, bad, used = [raw.key for raw in raws], [], []
         for row, raw in enumerate(raws):
             image, reason = self._decoded(raw)
             if image is None:
-                raws[row], image = self._another(int(positions[row]), reason)
-                known = raw.key in self.quarantine
-                bad.append(Bad(int(positions[row]), raw.key, raws[row].key, reason, known, raw.passing and not known))
-            for view in self.views:
-                pixels[view][row] = transforms.show(
-                    image, view, numbers[view][row], augment=self.augment, augment_seed=seeds[view][row]
-                )
+                if not self.leave_out:
+                    raws[row], image = self._another(int(positions[row]), reason)
+                known, served = raw.key in self.quarantine, raws[row].key if image is not None else ""
+                bad.append(Bad(int(positions[row]), raw.key, served, reason, known, raw.passing and not known))
+            if image is not None:
+                for view in self.views:
+                    pixels[view][len(used)] = transforms.show(
+                        image, view, numbers[view][row], augment=self.augment, augment_seed=seeds[view][row]
+                    )
+                used.append(row)
+        images = {view: torch.from_numpy(found[: len(used)]).permute(0, 3, 1, 2) for view, found in pixels.items()}
         return Batch(
-            views={view: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() for view, images in pixels.items()},
-            positions=torch.from_numpy(positions),
-            labels=torch.tensor([raw.label for raw in raws]) if self.labels else None,
-            keys=keys,
+            views={view: found.contiguous() for view, found in images.items()},
+            positions=torch.from_numpy(positions[used]),
+            labels=torch.tensor([raws[row].label for row in used], dtype=torch.int64) if self.labels else None,
+            keys=tuple(keys[row] for row in used),
             bad=tuple(bad),
         )
 
@@ -101,7 +107,7 @@ class Samples(Dataset):
         try:
             return transforms.decode(raw, self.channels), ""
         except DataError as error:
-            if not self.substitute:
+            if not (self.substitute or self.leave_out):
                 raise
             return None, str(error)
 

@@ -35,6 +35,11 @@ class EncoderSpec:
     channels: int = 3
     class_token: bool = True  # whether the first prefix token is one
 
+    def refuse_pooling(self, pooling: Pooling) -> None:
+        """Raise ConfigError for the class token of an encoder that has none."""
+        if pooling == "class" and not self.class_token:
+            raise ConfigError("pooling=class needs a class token and this encoder has none; use pooling=mean")
+
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
@@ -60,11 +65,10 @@ class Tokens:
         return self.prefix[:, 0] if self.class_token else None
 
     def pool(self, pooling: Pooling) -> Tensor:
-        """[B, D]: the mean over patches, or the class token. Raises ConfigError for a class token that is not there."""
+        """[B, D]: the mean over patches, or the class token, which there must be (:meth:`EncoderSpec.refuse_pooling`)."""
         if pooling == "mean":
             return self.patches.mean(dim=1)
-        if self.cls is None:
-            raise ConfigError("pooling=class needs a class token and this encoder has none; use pooling=mean")
+        assert self.cls is not None, "a pooling that was to be refused by the spec"
         return self.cls
 
 

@@ -17,15 +17,15 @@ def knn_votes(
 ) -> Tensor:
     """Votes [Q, C] for ``queries`` [Q, D] from the bank ``features`` [N, D] with ``labels`` [N].
 
-    Rows are normalised to unit length; each of the ``k`` most similar rows votes exp(cosine / temperature) for its class.
-    ``k`` is cut to N. Rows are taken ``chunk`` at a time.
+    Rows are normalised to unit length; each of the ``k`` most similar rows votes exp(cosine / temperature) for its class, in
+    float64, which holds any temperature from 0.002 on. ``k`` is cut to N. Rows are taken ``chunk`` at a time.
     """
     bank, queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
     votes = []
     for part in queries.split(chunk):
         similarity, nearest = (part @ bank.T).topk(min(k, len(bank)), dim=1)  # [q, k]
-        ballot = torch.zeros(len(part), num_classes, dtype=bank.dtype, device=bank.device)
-        votes.append(ballot.scatter_add_(1, labels[nearest], (similarity / temperature).exp()))
+        ballot = torch.zeros(len(part), num_classes, dtype=torch.float64, device=bank.device)
+        votes.append(ballot.scatter_add_(1, labels[nearest], (similarity.double() / temperature).exp()))
     return torch.cat(votes)
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,20 @@ def found(root: Path) -> list[Path]:
     return sorted((path for path in folders if re.fullmatch(r"step_\d{8,}", path.name)), key=_step)
 
 
-def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None) -> None:
+def steps(root: Path) -> list[int]:
+    """The steps of the checkpoints below ``root``, whole or not."""
+    return [_step(folder) for folder in found(root)]
+
+
+def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None, damaged: Collection[int] = ()) -> None:
     """Remove all but the ``keep_last`` newest up to step ``newest`` and the first at or after each multiple of ``keep_every``.
 
-    One of a later step was found damaged when this run was continued; it stays, and takes no whole one's place.
+    Those of the steps ``damaged`` take no whole one's place: they stay until a later one has been written, then they go.
     """
     folders = [folder for folder in found(root) if _step(folder) <= newest]
+    for folder in [folder for folder in folders if _step(folder) in damaged]:
+        folders.remove(folder)
+        shutil.rmtree(folder)
     firsts = {_step(folder) // keep_every: folder for folder in reversed(folders)} if keep_every else {}
     kept = {*folders[-keep_last:], *(folder for multiple, folder in firsts.items() if multiple)}
     for folder in folders:

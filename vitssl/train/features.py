@@ -21,6 +21,9 @@ def extract(engine: Engine, batches: Iterable[Batch], *, pooling: str) -> tuple[
             features.append(rows.float())
             labels.append(batch.labels.to(engine.device))
             positions.append(batch.positions.to(engine.device))
-    rows, labels, positions = (dist.gather_rows(torch.cat(parts)) for parts in (features, labels, positions))
+    nothing = torch.zeros(0, engine.task.encoder.spec.dim, device=engine.device)  # a process may have no share of few images
+    none = torch.zeros(0, dtype=torch.int64, device=engine.device)
+    parts = [nothing, *features], [none, *labels], [none, *positions]
+    rows, labels, positions = (dist.gather_rows(torch.cat(part)) for part in parts)
     order = torch.argsort(positions)
     return rows[order], labels[order]

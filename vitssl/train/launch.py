@@ -165,11 +165,11 @@ class Engine:
         """Seed dropout, drop path and mixup by (seed, step, process): exact on resume."""
         torch.manual_seed(draws.fold(clock.seed, purpose("step"), clock.step, self.accelerator.process_index))
 
-    def trackers(self, settings: dict[str, Any]) -> list[Any]:
-        """Start Accelerate's trackers, show them the settings, and hand them over."""
+    def trackers(self, settings: dict[str, Any], *, step: int) -> list[Any]:
+        """Start Accelerate's trackers, show them the settings, hand them over; TensorBoard forgets what follows ``step``."""
         if not self.accelerator.log_with:
             return []
-        self.accelerator.init_trackers("vitssl")
+        self.accelerator.init_trackers("vitssl", init_kwargs={"tensorboard": {"purge_step": step + 1}} if step else {})
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard" and self.main:
                 text = "\n".join(f"    {key}: {value}" for key, value in settings.items())

@@ -122,7 +122,7 @@ def fit(
                 _flush(window, done, report, {})
             paused = time.perf_counter()
             for event in events_due:
-                with _saved_if_alone(saving, done):
+                with _saved_if_alone(saving, done, last=done == total):
                     event.act(done)
             if save_due:
                 saving.now(done)
@@ -159,12 +159,15 @@ def _fetched(feed: Iterator[Batch]) -> Batch | DataError | None:
 
 
 @contextmanager
-def _saved_if_alone(saving: Saving, done: int) -> Iterator[None]:
-    """What a user must mend (a test image that does not decode) loses no step; several processes cannot agree on it here."""
+def _saved_if_alone(saving: Saving, done: int, *, last: bool) -> Iterator[None]:
+    """What a user must mend (test images of which none decodes) loses no step; several processes cannot agree on it here.
+
+    The last step is not saved: a run that counts as finished has done all that comes before its last checkpoint.
+    """
     try:
         yield
     except DataError:
-        if dist.world() == 1:
+        if dist.world() == 1 and not last:
             saving.now(done)
         raise
 

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from vitssl.task import Task
 from vitssl.train.launch import choose_device, choose_precision, fuses_attention
 from vitssl.train.optim import group_parameters
 
+CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 USABLE = 0.8  # of the device's memory: the rest is the allocator's, the libraries' and the estimate's
 
 
@@ -98,4 +100,16 @@ def _device_memory(device: str) -> float:
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world()))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / max(1, local)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([memory, *_container_limits()]) / max(1, local)
+
+
+def _container_limits() -> list[int]:
+    """Bytes that a container (control groups, version 2 and 1) may use, where it is limited."""
+    found = []
+    for path in CONTAINER:
+        try:
+            found.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return found

@@ -4,7 +4,8 @@ Both programs hand it how to build their task and what to feed it; it knows neit
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from vitssl.config import flat
 from vitssl.data.feed import training_samples
 from vitssl.data.ledger import Ledger
 from vitssl.data.loader import batches
-from vitssl.data.quarantine import bearable
+from vitssl.data.quarantine import bearable, count_bad
 from vitssl.data.sources import Source
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError
@@ -47,6 +48,7 @@ class Session:
     start: int
     lanes: list[int]
     saved: int
+    damaged: set[int] = field(default_factory=set)  # steps of checkpoints that were passed over
 
     @property
     def folder(self) -> Path:
@@ -68,7 +70,8 @@ class Session:
             root = self.folder / "checkpoints"
             checkpoint.save(root, gathered)
             every = self.steps(policy.keep_every) if policy.keep_every else None
-            checkpoint.prune(root, newest=step, keep_last=policy.keep_last, keep_every=every)
+            self.damaged.discard(step)
+            checkpoint.prune(root, newest=step, keep_last=policy.keep_last, keep_every=every, damaged=self.damaged)
         dist.barrier()
         self.saved = step
 
@@ -94,21 +97,23 @@ class Session:
             world=dist.world(),
             workers=plan.workers,
         )
+        bad = count_bad(self.folder)
         every = self.steps(config.checkpoint.every) if config.checkpoint.every else plan.steps
-        return fit(
-            self.engine,
-            batches=bearable(feed, max_fraction=config.data.max_bad_fraction),
-            schedule=plan.lr_schedule(final=config.optim.final_lr),
-            start=self.start,
-            total=plan.steps,
-            batch_size=plan.batch_size,
-            seed=config.seed,
-            log_every=config.log.every,
-            report=self.report,
-            consumed=Ledger(self.folder / LEDGER, process=dist.rank()).write if config.data.ledger else lambda batch: None,
-            saving=Saving(self.save, every=every, minutes=config.checkpoint.minutes),
-            events=events,
-        )
+        with closing(feed):
+            return fit(
+                self.engine,
+                batches=bearable(feed, max_fraction=config.data.max_bad_fraction, seen=self.start * plan.batch_size, bad=bad),
+                schedule=plan.lr_schedule(final=config.optim.final_lr),
+                start=self.start,
+                total=plan.steps,
+                batch_size=plan.batch_size,
+                seed=config.seed,
+                log_every=config.log.every,
+                report=self.report,
+                consumed=Ledger(self.folder / LEDGER, process=dist.rank()).write if config.data.ledger else lambda batch: None,
+                saving=Saving(self.save, every=every, minutes=config.checkpoint.minutes),
+                events=events,
+            )
 
     def tell_stopped(self, reached: int, command: str) -> None:
         """The last line of a run that was told to stop."""
@@ -145,6 +150,7 @@ def begin_session(
     with engine.accelerator.local_main_process_first():
         source = open_data(report)
     plan = make_plan(config, shape, source)
+    there = checkpoint.steps(folder / "checkpoints")
     saved, where = starting_point(folder, config, report)
     start = saved.step if saved else 0
     if saved:
@@ -155,23 +161,27 @@ def begin_session(
             raise ConfigError(f"init.resume={where}: nothing is left to do, {finished}")
         report.say(f"{finished}; run.name=... starts anew")
         return None
-    if engine.main:
-        occupy(folder)
-        begin(folder, config, plan, step=start)
-    dist.barrier()
-    report.pairs(f"plan of {folder}", plan.lines())
     torch.manual_seed(config.seed)
     task = build()
     if saved:
         load_task(task, saved, where=where)
-        report.say(f"continuing {where} from step {start:,}")
     else:
         fill(task)
+    if engine.main:
+        occupy(folder)
+        if checkpoint.steps(folder / "checkpoints") != there:
+            raise ConfigError(f"{folder}: another program has just written to it; run the same command again to go on")
+        begin(folder, config, plan, step=start)
+    dist.barrier()
+    report.pairs(f"plan of {folder}", plan.lines())
+    if saved:
+        report.say(f"continuing {where} from step {start:,}")
     engine.prepare(task, config.optim, lr=plan.lr)
     if saved:
         load_optimizer(engine, saved, where=where)
     else:
         create_optimizer(engine)
-    report.trackers = engine.trackers(flat(config.model_dump(mode="json")))
+    report.trackers = engine.trackers(flat(config.model_dump(mode="json")), step=start)
     lanes = saved.facts["lanes"] if saved else plan.lanes
-    return Session(config, engine, plan, source, report, start=start, lanes=lanes, saved=start)
+    damaged = {step for step in there if step > start}
+    return Session(config, engine, plan, source, report, start=start, lanes=lanes, saved=start, damaged=damaged)

@@ -45,7 +45,7 @@ def build(name: str, arguments: dict[str, Any], *, drop_path: float = 0.0) -> Vi
         raise ConfigError(f"encoder.name={name!r}: timm {timm.__version__} has no such model; {_nearest(name, known)}")
     try:
         model = timm.create_model(name, num_classes=0, global_pool="", fc_norm=False, drop_path_rate=drop_path, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as error:
         with torch.device("meta"):  # another kind of model explains more than its complaint; this costs no memory
             _require_plain(timm.create_model(name), name, known)
         reason = " ".join(f"{type(error).__name__} {error}".split())
