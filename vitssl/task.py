@@ -24,6 +24,7 @@ class Bad(NamedTuple):
     reason: str
     known: bool = False  # a quarantine file named it
     passing: bool = False  # the network or the moment decided it, not the bytes
+    choice: int = 0  # which of the samples drawn to stand in for it was the first that could
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """From the config's data sections to samples and batches: the one place that chooses orders, lanes and workers."""
 
+import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from vitssl import dist, draws
 from vitssl.data.loader import evaluation_batches
 from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order, default_lanes
-from vitssl.data.quarantine import read_quarantine
+from vitssl.data.quarantine import Decided, read_quarantine
 from vitssl.data.samples import Samples
 from vitssl.data.sources import Joined, Source, Subset, open_source
 from vitssl.data.stores import Access
@@ -34,7 +35,7 @@ def _access(config: SourceConfig) -> Access:
     return Access(
         trusted=frozenset(config.trusted_hosts),
         shell=config.allow_shell_urls,
-        storage=tuple(sorted(config.storage.items())),
+        storage=json.dumps(config.storage, sort_keys=True),
         index_budget=round(config.index_budget * 1e9),
         cache=config.cache,
         cache_bytes=round(config.cache_size * 1e9),
@@ -68,8 +69,12 @@ def training_samples(
     channels: int,
     labels: bool = False,
     augment: Augment | None = None,
+    passing: Mapping[int, Decided] | None = None,
 ) -> Samples:
-    """Samples in the run's shuffled order; ``lanes`` are those of each part that the run was started with."""
+    """Samples in the run's shuffled order; ``lanes`` are those of each part that the run was started with.
+
+    ``passing`` are positions of this run that the network decided, which a continued run follows.
+    """
     parts = source.parts if isinstance(source, Joined) else [source]
     seeds = [seed, *(draws.fold(seed, _PART, number) for number in range(1, len(parts)))]
     options = zip(parts, lanes, seeds, strict=True)
@@ -81,6 +86,7 @@ def training_samples(
     order = MixedOrder(orders, source.weights, seed=seed) if isinstance(source, Joined) else orders[0]
     options = {"seed": seed, "channels": channels, "labels": labels, "augment": augment}
     known = read_quarantine(config.quarantine)
+    known = known._replace(positions={**known.positions, **(passing or {})})
     bad = {"substitute": config.max_bad_fraction > 0, "quarantine": known}
     return Samples(source, order, views, memory=memory, **bad, **options)
 

@@ -1,8 +1,10 @@
 """Images that cannot be used: how many are borne, how they are written down, and how a later run is told to pass them over."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from vitssl import dist
 from vitssl.errors import ConfigError, DataError
@@ -37,13 +39,40 @@ def count_bad(folder: Path) -> int:
     return sum(not json.loads(line)["known"] for line in path.read_text().splitlines()) if path.exists() else 0
 
 
-def read_quarantine(path: Path | None) -> frozenset[str]:
-    """The keys that a quarantine file names, none without a file. Raises ConfigError for one that cannot be read."""
+class Decided(NamedTuple):
+    """What the network or the moment once decided at a position: the reason, and which of the samples drawn stood in."""
+
+    reason: str
+    choice: int
+
+
+class Quarantine(NamedTuple):
+    """What is to be passed over: samples by their ``keys``, for what their bytes are, and ``positions`` of a run, for what the
+    network or the moment decided there: a replay follows it."""
+
+    keys: frozenset[str] = frozenset()
+    positions: Mapping[int, Decided] = MappingProxyType({})
+
+
+def passing(folder: Path) -> dict[int, Decided]:
+    """The positions of the run in a folder at which the network or the moment decided."""
+    path = folder / FILE
+    return _decided([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+
+
+def _decided(rows: list[dict]) -> dict[int, Decided]:
+    return {row["position"]: Decided(row["reason"], row["choice"]) for row in rows if row.get("passing")}
+
+
+def read_quarantine(path: Path | None) -> Quarantine:
+    """What a quarantine file names, nothing without a file. Raises ConfigError for one that cannot be read."""
     if path is None:
-        return frozenset()
+        return Quarantine()
     try:
-        return frozenset(json.loads(line)["key"] for line in path.read_text().splitlines())
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        keys = frozenset(row["key"] for row in rows if not row.get("passing"))
+        return Quarantine(keys, _decided(rows))
     except OSError as error:
         raise ConfigError(f"data.quarantine={path}: cannot be read ({error.strerror or error}); correct the path") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"data.quarantine={path}: is no {FILE} of a run; every line names a key, as in it") from None

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from vitssl import draws
 from vitssl.data import transforms
 from vitssl.data.order import Order
+from vitssl.data.quarantine import Quarantine
 from vitssl.data.sources.base import Ahead, Raw, Source
 from vitssl.errors import DataError
 from vitssl.task import Bad, Batch
@@ -21,7 +22,7 @@ class Samples(Dataset):
     """The samples of a source in an order, as the views ask for them. Indexed by global positions of the run.
 
     ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
-    ``substitute``: an image that does not decode, or whose key ``quarantine`` holds, is replaced by another of the source, a
+    ``substitute``: an image that does not decode, or that ``quarantine`` holds, is replaced by another of the source, a
     function of (seed, position) and of the bytes alone; with ``leave_out`` its row is missing. The batch says so. ``memory``
     bytes may be held of a source that is read by chunk.
     """
@@ -38,7 +39,7 @@ class Samples(Dataset):
         augment: transforms.Augment | None = None,
         substitute: bool = False,
         leave_out: bool = False,
-        quarantine: frozenset[str] = frozenset(),
+        quarantine: Quarantine = Quarantine(),  # noqa: B008 (it is frozen)
         memory: int = 1 << 30,
     ) -> None:
         self.memory, self._begun = memory, False
@@ -69,11 +70,16 @@ class Samples(Dataset):
         keys, bad, used = [raw.key for raw in raws], [], []
         for row, raw in enumerate(raws):
             image, reason = self._decoded(raw)
+            decided = self.quarantine.positions.get(position := int(positions[row]))
+            if decided:
+                image, reason = None, decided.reason
             if image is None:
+                known, choice, served = raw.key in self.quarantine.keys, 0, ""
+                passing = decided is not None or (raw.passing and not known)
                 if not self.leave_out:
-                    raws[row], image = self._another(int(positions[row]), reason)
-                known, served = raw.key in self.quarantine, raws[row].key if image is not None else ""
-                bad.append(Bad(int(positions[row]), raw.key, served, reason, known, raw.passing and not known))
+                    raws[row], image, choice, lucky = self._another(position, reason, first=decided.choice if decided else 0)
+                    passing, served = passing or lucky, raws[row].key
+                bad.append(Bad(position, raw.key, served, reason, known, passing, choice))
             if image is not None:
                 for view in self.views:
                     pixels[view][len(used)] = transforms.show(
@@ -102,7 +108,7 @@ class Samples(Dataset):
 
     def _decoded(self, raw: Raw) -> tuple[transforms.Pixels | None, str]:
         """(image, "") or (None, why not)."""
-        if raw.key in self.quarantine:
+        if raw.key in self.quarantine.keys:
             return None, f"{raw.where}: named in the quarantine file"
         try:
             return transforms.decode(raw, self.channels), ""
@@ -111,13 +117,18 @@ class Samples(Dataset):
                 raise
             return None, str(error)
 
-    def _another(self, position: int, reason: str) -> tuple[Raw, transforms.Pixels]:
-        """The first that decodes of ten samples drawn for a position. Raises DataError where none does."""
+    def _another(self, position: int, reason: str, *, first: int) -> tuple[Raw, transforms.Pixels, int, bool]:
+        """The first that decodes of ten samples drawn for a position, beginning at number ``first``; which it was, and whether
+        the network had a say in that. Raises DataError where none does.
+        """
         drawn = draws.hashed(self.seed, _SUBSTITUTE, torch.tensor([position]), 10)[0] & 0x7FFFFFFFFFFFFFFF
-        for raw in self.source.read((drawn % len(self)).tolist()):
+        ids, lucky = (drawn % len(self)).tolist(), False
+        for choice in range(first, len(ids)):
+            (raw,) = self.source.read(ids[choice : choice + 1])
             image, _ = self._decoded(raw)
             if image is not None:
-                return raw, image
+                return raw, image, choice, lucky
+            lucky = lucky or raw.passing
         raise DataError(f"{reason}; nor do ten others of {self.source.name}: look at the data")
 
     def _augment_seeds(self, view: View, positions: np.ndarray) -> list[int]:

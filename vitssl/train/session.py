@@ -15,7 +15,7 @@ from vitssl.config import flat
 from vitssl.data.feed import training_samples
 from vitssl.data.ledger import Ledger
 from vitssl.data.loader import batches
-from vitssl.data.quarantine import bearable, count_bad
+from vitssl.data.quarantine import Decided, bearable, count_bad, passing
 from vitssl.data.sources import Source
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError
@@ -49,6 +49,7 @@ class Session:
     lanes: list[int]
     saved: int
     damaged: set[int] = field(default_factory=set)  # steps of checkpoints that were passed over
+    passing: dict[int, Decided] = field(default_factory=dict)  # positions at which the network decided, when it was first here
 
     @property
     def folder(self) -> Path:
@@ -88,7 +89,7 @@ class Session:
         config, plan = self.config, self.plan
         options = {"seed": config.seed, "lanes": self.lanes, "channels": channels, "labels": labels, "augment": augment}
         feed = batches(
-            training_samples(self.source, config.data, views, **options),
+            training_samples(self.source, config.data, views, passing=self.passing, **options),
             start=self.start * plan.batch_size,
             stop=plan.steps * plan.batch_size,
             batch_size=plan.batch_size,
@@ -167,6 +168,8 @@ def begin_session(
         load_task(task, saved, where=where)
     else:
         fill(task)
+    decided = passing(where) if saved else {}
+    dist.barrier()  # the file is cut below
     if engine.main:
         occupy(folder)
         if checkpoint.steps(folder / "checkpoints") != there:
@@ -184,4 +187,5 @@ def begin_session(
     report.trackers = engine.trackers(flat(config.model_dump(mode="json")), step=start)
     lanes = saved.facts["lanes"] if saved else plan.lanes
     damaged = {step for step in there if step > start}
-    return Session(config, engine, plan, source, report, start=start, lanes=lanes, saved=start, damaged=damaged)
+    options = {"start": start, "saved": start, "lanes": lanes, "damaged": damaged, "passing": decided}
+    return Session(config, engine, plan, source, report, **options)

@@ -1,9 +1,9 @@
 """Where files lie that are not on a local disk, and what a user allows there. One store a scheme, opened once a process."""
 
 import functools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vitssl.data.stores.base import NoRanges, Stat, Store, Unreachable, beside, is_url, parted, shown
 from vitssl.errors import ConfigError
@@ -22,7 +22,7 @@ class Access:
 
     trusted: frozenset[str] = frozenset()
     shell: bool = False
-    storage: tuple[tuple[str, Any], ...] = ()
+    storage: str = "{}"  # JSON, so that it hashes
     index_budget: int = 10 * 10**9
     cache: Path | None = None
     cache_bytes: int = field(default=100 * GIB)
@@ -61,7 +61,7 @@ def _pipe() -> Store:
 
 
 @functools.cache
-def _file_system(scheme: str, storage: tuple[tuple[str, Any], ...]) -> Store:
+def _file_system(scheme: str, storage: str) -> Store:
     from vitssl.data.stores.cloud import CloudStore
 
-    return CloudStore(scheme, dict(storage))
+    return CloudStore(scheme, json.loads(storage))

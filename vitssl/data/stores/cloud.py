@@ -70,6 +70,10 @@ class CloudStore:
                 raise DataError(f"{shown(url)}: is not there; correct the address or put the file there") from None
             except PermissionError as error:
                 raise DataError(f"{shown(url)}: is forbidden ({_in_words(error)}); look at your credentials") from None
+            except TypeError as error:
+                raise ConfigError(
+                    f"data.storage={self.storage}: {self.scheme}:// takes none such ({_in_words(error)})"
+                ) from None
             except Exception as error:  # each library has failures of its own
                 if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
                     raise DataError(

@@ -1,0 +1,59 @@
+"""Training on shards that lie on a web server: the same run as from a disk, also when the server fails for a while."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from outcome import refused
+from webserver import serving
+
+QUICK = "from vitssl.data.stores import http; http.HttpStore.__init__.__kwdefaults__.update(tries=2, wait=0.01)"
+SETTINGS = [
+    "heldout.every=100",
+    "data.ledger=true",
+    "checkpoint.every=5",
+    "checkpoint.keep_last=9",
+    "data.max_bad_fraction=0.5",
+]
+
+
+def far(url: str) -> list[str]:
+    return [f"data.path={url}/train-{{0..2}}.tar", "data.split=null"]
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 1)])
+def test_a_server_that_fails_for_a_while(pretrain: Callable, data: Path, tmp_path: Path, processes: int, workers: int) -> None:
+    """One shard is not to be had from step 9 on. Killed after step 15, the run goes on with a server that is well: what was
+    decided is followed, and the end is that of a run that was never stopped."""
+    options = {"processes": processes, "trap": QUICK}
+    with serving(data) as server:
+        pretrain(tmp_path / "well", *far(server.url), *SETTINGS, f"data.workers={workers}", **options).ok()
+        server.faults = {"train-1.tar": ["always 503"]}
+        ill = pretrain(tmp_path / "ill", *far(server.url), *SETTINGS, f"data.workers={workers}", **options).ok()
+        rows = ill.rows("quarantine.jsonl")
+        assert len(rows) >= 40 and all(row["passing"] and "status 503" in row["reason"] for row in rows)
+        server.faults = {}
+        for step in (10, 15, 20):
+            for path in (ill.folder / f"checkpoints/step_{step:08}").iterdir():
+                path.unlink()
+            (ill.folder / f"checkpoints/step_{step:08}").rmdir()
+        losses = ill.losses()
+        again = pretrain(tmp_path / "ill", *far(server.url), *SETTINGS, "data.workers=1", **options).ok()
+        assert "from step 5" in again.out and again.losses() == losses
+        assert [row | {"step": 0} for row in again.rows("quarantine.jsonl")] == [row | {"step": 0} for row in rows]
+        other = pretrain(
+            tmp_path / "other", *far(server.url), *SETTINGS, f"data.quarantine={ill.folder}/quarantine.jsonl", trap=QUICK
+        )
+        assert other.ok().losses() == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_server_that_is_not_there(pretrain: Callable, tmp_path: Path) -> None:
+    run = pretrain(tmp_path / "run", *far("http://127.0.0.1:9"), trap=QUICK)
+    refused(run, "http://127.0.0.1:9/", "cannot be reached", "look at the network and the server")
+
+
+def test_a_budget(pretrain: Callable, data: Path, tmp_path: Path) -> None:
+    with serving(data) as server:
+        argv = [*far(server.url), "data.index_budget=1e-6"]
+        run = pretrain(tmp_path / "run", *argv, env={"VITSSL_CACHE": str(tmp_path / "cache")})
+        refused(run, "3 shards have no index yet", "data.index_budget is 1e-06 GB", "vitssl index")
