@@ -124,7 +124,7 @@ class Evaluation:
         self.session, self.classes = session, classes
         spec = session.engine.task.encoder.spec
         view = View(size=spec.image_size, resize=round(min(spec.image_size) / session.config.test.crop_pct))
-        self.samples = evaluation_samples(images, [view], channels=spec.channels, labels=True)
+        self.samples = evaluation_samples(images, session.config.data, [view], channels=spec.channels, labels=True)
 
     def event(self) -> Event:
         """The evaluation as something the loop does."""

@@ -59,6 +59,7 @@ def heldout(session: Session, source: Source | None) -> Event:
     name = "fixed_train" if source is None else "heldout"
     samples = evaluation_samples(
         source or session.source,
+        config.data,
         engine.task.views,
         seed=config.seed,
         channels=config.encoder.channels,
@@ -95,8 +96,8 @@ class Probe:
         view = View(size=(height, width), resize=round(min(height, width) / config.probe.crop_pct))
         options = {"channels": spec.channels, "labels": True}
         return [
-            evaluation_samples(self.watched.bank, [view], limit=config.probe.bank_samples, **options),
-            evaluation_samples(self.watched.queries, [view], limit=config.probe.queries_samples, **options),
+            evaluation_samples(self.watched.bank, config.data, [view], limit=config.probe.bank_samples, **options),
+            evaluation_samples(self.watched.queries, config.data, [view], limit=config.probe.queries_samples, **options),
         ]
 
     def event(self) -> Event:

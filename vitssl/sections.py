@@ -74,6 +74,12 @@ class DataConfig(SourceConfig):
     lanes: Count | None = Field(None, description="cuts through the epoch that a batch draws from; null: by size")
     window: Count = Field(1024, description="samples of a lane that are shuffled together, fewer where memory is short")
     memory: Positive = Field(1.0, description="GiB of remote data that are held in memory, over all lanes")
+    repeats: Count = Field(1, description="augmented views of each decoded image; an epoch then shows fewer images")
+    repeats_in: Literal["batch", "batches"] = Field(
+        "batches", description="whether they meet in one batch, or follow each other"
+    )
+    exif: bool = Field(False, description="whether images (also those looked at) are turned as their camera noted")
+    max_pixels: Count = Field(89_478_485, description="of one image, by its header; larger ones are not decoded")
     max_bad_fraction: Fraction = Field(0.01, description="of the images, which may be unusable and are replaced; 0: none")
     quarantine: Path | None = Field(None, description="quarantine.jsonl of an earlier run: what it names is replaced")
     ledger: bool = Field(False, description="write position and key of every sample trained on to ledger/ of the run")

@@ -200,6 +200,33 @@ def test_what_is_refused(server: WebServer, shards: Path) -> None:
         open_source(f"{server.url}/train-009.tar")
 
 
+def test_large_members_between_images_are_not_fetched(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
+    (tmp_path / "web").mkdir()
+    members = {}
+    for key in range(6):
+        members |= {f"{key}.png": encoded(key), f"{key}.npy": bytes(2_000_000)}
+    write_tar(tmp_path / "web/a.tar", members)
+    with serving(tmp_path / "web") as server:
+        source = open_source(f"{server.url}/a.tar")
+        before = server.bytes
+        assert [raw.image for raw in source.read(range(6))] == [encoded(key) for key in range(6)]
+        assert server.bytes - before < 10_000
+
+
+def test_members_beyond_all_measure(
+    server: WebServer, shards: Path, photos: Path, encoded: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = len(encoded(7)) - 1  # some are larger
+    sources = [open_source(url(server)), open_source(shards), open_source(photos)]
+    for module in ("shards", "folder"):
+        monkeypatch.setattr(f"vitssl.data.sources.{module}.MAX_BYTES", limit)
+    for source in sources:
+        raws = source.read(range(source.num_samples))
+        large = [raw for raw in raws if raw.problem]
+        assert large and all(re.search(r"has [\d,]+ bytes, more than [\d,]+; take it out", raw.problem) for raw in large)
+        assert all(len(raw.image) <= limit for raw in raws)
+
+
 def test_shell_urls_where_they_are_allowed(shards: Path) -> None:
     source = open_source(f"pipe:cat {shards}/train-00{{0..2}}.tar", access=Access(shell=True))
     near = open_source(shards)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import transforms as tv
 
 from vitssl.data import transforms
@@ -123,10 +123,10 @@ def test_what_does_not_decode_is_named(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("limit", [3599, 1000])  # PIL warns of the first and raises for the second by itself
 def test_too_many_pixels(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "MAX_PIXELS", limit)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(DataError, match=r"has more than [\d,]+ pixels; shrink it or take it out"):
-        decode(GOOD)
+    with pytest.raises(DataError, match=r"has more than [\d,]+ pixels \(data\.max_pixels\); shrink it or take it out"):
+        decode(GOOD, max_pixels=limit)
+    assert decode(GOOD, max_pixels=3600).shape == (60, 60, 3), "PIL's own limit is not in the way of the user's"
 
 
 def test_too_many_pixels_is_one_message(tmp_path: Path) -> None:
@@ -256,6 +256,31 @@ def test_a_thin_image_is_cut_before_it_is_enlarged(size: tuple[int, int]) -> Non
     pixels = np.arange(size[0] * size[1], dtype=np.uint32).astype(np.uint8).reshape(size[1], size[0])
     shown = show(np.repeat(pixels[:, :, None], 3, axis=2), View((224, 224)), [0.9] * NUM_DRAWS)
     assert shown.shape == (224, 224, 3) and shown.std() >= 0
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_stand_upright_on_request(format: str, orientation: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(buffer, format=format, exif=exif, quality=95)
+    raw = Raw("k", buffer.getvalue(), None, "w")
+    plain = decode(raw)
+    assert plain.shape == (48, 80, 3)
+    expected = np.array(ImageOps.exif_transpose(Image.open(buffer)))
+    found = decode(raw, exif=True)
+    assert found.shape == expected.shape and found.flags.c_contiguous
+    assert np.abs(found.astype(int) - expected).max() <= 1  # two JPEG decoders round differently
+
+
+def test_too_many_pixels_are_judged_by_the_header() -> None:
+    for format in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (30, 20)).save(buffer, format=format)
+        raw = Raw("k", buffer.getvalue()[:-5], None, "w")  # would not decode either
+        with pytest.raises(DataError, match=r"w: has more than 599 pixels \(data\.max_pixels\)"):
+            decode(raw, max_pixels=599)
 
 
 def test_draws_cover_what_is_used() -> None:

@@ -69,11 +69,11 @@ import os
 from vitssl.data import transforms
 from vitssl.errors import DataError
 real, count = transforms.decode, [0]
-def decode(*arguments):
+def decode(*arguments, **options):
     count[0] += 1
     if os.environ.get("RANK", "1") == "1" and count[0] > {after}:
         raise DataError("train-0.tar: 0007 does not decode")
-    return real(*arguments)
+    return real(*arguments, **options)
 transforms.decode = decode
 """
 

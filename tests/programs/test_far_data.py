@@ -1,5 +1,6 @@
 """Training on shards that lie on a web server: the same run as from a disk, also when the server fails for a while."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def test_a_server_that_is_not_there(pretrain: Callable, tmp_path: Path) -> None:
 
 
 def test_a_budget(pretrain: Callable, data: Path, tmp_path: Path) -> None:
-    with serving(data) as server:
+    (tmp_path / "web").mkdir()
+    for path in data.glob("*.tar"):
+        shutil.copy(path, tmp_path / "web")  # without what indexing left beside them
+    with serving(tmp_path / "web") as server:
         argv = [*far(server.url), "data.index_budget=1e-6"]
         run = pretrain(tmp_path / "run", *argv, env={"VITSSL_CACHE": str(tmp_path / "cache")})
         refused(run, "3 shards have no index yet", "data.index_budget is 1e-06 GB", "vitssl index")

@@ -5,7 +5,9 @@ collation, once on the encoded bytes as they lie and once through a plain webdat
 process in turns, so a machine that drifts slows all of them; the figures are medians.
 """
 
+import copy
 import io
+import itertools
 import json
 import os
 import statistics
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from vitssl.data import transforms
-from vitssl.data.feed import choose_lanes, choose_workers, training_samples
+from vitssl.data.feed import BATCH, choose_lanes, choose_workers, training_samples
 from vitssl.data.loader import batches
 from vitssl.data.samples import Samples
 from vitssl.data.sources import ShardSource, Source
@@ -27,7 +29,7 @@ from vitssl.report import Report
 from vitssl.sections import DataConfig
 from vitssl.views import View
 
-ROUNDS, BATCH = 3, 64
+ROUNDS = 3
 
 
 def bench_data(
@@ -58,11 +60,12 @@ def bench_data(
             for name, make in makers.items():
                 rates[name].append(_rate(make(), seconds))
         parts = _parts(samples, seconds)
+        starts = _starts(samples, source, config, views)
     finally:
         torch.set_num_threads(threads)
     row: dict[str, Any] = {f"{name}_per_core": round(statistics.median(found), 1) for name, found in rates.items()}
     row |= {f"times_{name}": round(row["ours_per_core"] / row[f"{name}_per_core"], 2) for name in makers if name != "ours"}
-    row |= parts
+    row |= parts | starts
     workers = choose_workers(config, device=device)
     feed = batches(samples, start=0, stop=None, batch_size=BATCH, micro_batch=BATCH, workers=workers)
     row |= {"workers": workers, "with_workers": round(_rate((len(batch) for batch in feed), seconds), 1)}
@@ -81,9 +84,41 @@ def _tell(row: dict[str, Any], source: Source, views: tuple[View, ...], report: 
             ("a core", f"{row['ours_per_core']:,.0f} images/s, {beside}"),
             ("of it", f"reading {row['read']:.0%}, decoding {row['decode']:.0%}, crop, resize and flip {row['views']:.0%}"),
             ("together", f"{row['with_workers']:,.0f} images/s, {cores}"),
+            ("first batch", _in_words(row)),
         ],
     )
     report.say(json.dumps(row))
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    said = f"{row['start_s']:.3f} s from the beginning, {row['resume_s']:.3f} s from {row['resume_at']:,} samples on"
+    return said + (f" ({row['skip_s']:.1f} s by skipping them, as webdataset does)" if "skip_s" in row else "")
+
+
+def _starts(samples: Samples, source: Source, config: DataConfig, views: tuple[View, ...]) -> dict[str, float]:
+    """Seconds to the first batch of a process that knows nothing yet: at the beginning, and far into the epoch."""
+    unused = copy.deepcopy(samples)
+    at = min(1_000_000, source.num_samples - BATCH) // BATCH * BATCH
+
+    def first(position: int) -> float:
+        fresh, began = copy.deepcopy(unused), time.perf_counter()
+        next(batches(fresh, start=position, stop=None, batch_size=BATCH, micro_batch=BATCH))
+        return time.perf_counter() - began
+
+    if at <= 0:
+        at = BATCH  # into a later epoch: few images
+    first(0)  # the disk's cache is warm for all
+    found = [(first(0), first(at)) for _ in range(2 * ROUNDS)]
+    row = {"resume_at": at, "start_s": _median(each[0] for each in found), "resume_s": _median(each[1] for each in found)}
+    if isinstance(source, ShardSource) and samples.channels == 3 and at < source.num_samples:
+        began = time.perf_counter()
+        next(_webdataset(source, config, views, skip=at))
+        row["skip_s"] = round(time.perf_counter() - began, 4)
+    return row
+
+
+def _median(seconds: Iterable[float]) -> float:
+    return round(statistics.median(seconds), 4)
 
 
 def _rate(counts: Iterator[int], seconds: float) -> float:
@@ -129,12 +164,13 @@ def _torchvision(samples: Samples, config: DataConfig, views: tuple[View, ...]) 
         yield len(default_collate([[make(image) for make in made] for image in images])[0])
 
 
-def _webdataset(source: ShardSource, config: DataConfig, views: tuple[View, ...]) -> Iterator[int]:
+def _webdataset(source: ShardSource, config: DataConfig, views: tuple[View, ...], *, skip: int = 0) -> Iterator[int]:
     import webdataset
 
     made = [_reference(config, view) for view in views]
     extensions = ";".join(("jpg", "jpeg", "png", "webp"))
-    pipeline = webdataset.WebDataset(source.manifest.shards, shardshuffle=False).repeat().shuffle(1000)
+    pipeline = webdataset.WebDataset(source.manifest.shards, shardshuffle=False).repeat()
+    pipeline = pipeline.compose(lambda samples: itertools.islice(samples, skip, None)) if skip else pipeline.shuffle(1000)
     pipeline = pipeline.decode("pilrgb").to_tuple(extensions).map(lambda sample: [make(sample[0]) for make in made])
     for batch in pipeline.batched(BATCH, collation_fn=default_collate):
         yield len(batch[0])

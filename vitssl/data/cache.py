@@ -57,7 +57,8 @@ class DiskCache:
             if not _whole(path):
                 digest = self._write(path, fill)
                 path.with_suffix(".sum").write_bytes(digest)
-            os.utime(path)
+            with suppress(OSError):  # others have just made room: who opens it sees that it is gone
+                os.utime(path)
         return str(path)
 
     def _path(self, key: str) -> Path:

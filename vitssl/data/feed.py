@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from vitssl.data.loader import evaluation_batches
 from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order, default_lanes
 from vitssl.data.quarantine import Decided, read_quarantine
+from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.samples import Samples
 from vitssl.data.sources import Joined, Source, Subset, open_source
 from vitssl.data.stores import Access
@@ -21,6 +23,7 @@ from vitssl.sections import DataConfig, PlaceConfig, SourceConfig
 from vitssl.task import Batch
 from vitssl.views import View, purpose
 
+BATCH = 64  # where nobody trains: a benchmark's
 _PART = purpose("order of a part")
 
 Progress = Callable[[int, int], None]
@@ -70,10 +73,12 @@ def training_samples(
     labels: bool = False,
     augment: Augment | None = None,
     passing: Mapping[int, Decided] | None = None,
+    batch_size: int | None = None,
 ) -> Samples:
     """Samples in the run's shuffled order; ``lanes`` are those of each part that the run was started with.
 
-    ``passing`` are positions of this run that the network decided, which a continued run follows.
+    ``passing`` are positions of this run that the network decided, which a continued run follows. Repeats need the global
+    ``batch_size``. Raises ConfigError where it does not divide.
     """
     parts = source.parts if isinstance(source, Joined) else [source]
     seeds = [seed, *(draws.fold(seed, _PART, number) for number in range(1, len(parts)))]
@@ -84,17 +89,41 @@ def training_samples(
         window = choose_window(part, config.window, lanes=count, memory=memory // len(parts))
         orders.append(Order(part.chunks, seed=own, lanes=count, window=window))
     order = MixedOrder(orders, source.weights, seed=seed) if isinstance(source, Joined) else orders[0]
+    if config.repeats > 1:
+        order = RepeatedOrder(order, repeats=config.repeats, stride=_stride(config, batch_size or BATCH))
     options = {"seed": seed, "channels": channels, "labels": labels, "augment": augment}
     known = read_quarantine(config.quarantine)
     known = known._replace(positions={**known.positions, **(passing or {})})
     bad = {"substitute": config.max_bad_fraction > 0, "quarantine": known}
-    return Samples(source, order, views, memory=memory, **bad, **options)
+    return Samples(source, order, views, memory=memory, **bad, **_decoding(config), **options)
+
+
+def _stride(config: DataConfig, batch_size: int) -> int:
+    """Positions between two views of an image."""
+    if config.repeats_in == "batches":
+        return batch_size
+    if batch_size % config.repeats:
+        raise ConfigError(
+            f"data.repeats={config.repeats} does not divide batch_size={batch_size}; take another, or data.repeats_in=batches"
+        )
+    return batch_size // config.repeats
+
+
+def _decoding(config: DataConfig) -> dict[str, Any]:
+    return {"exif": config.exif, "max_pixels": config.max_pixels}
 
 
 def evaluation_samples(
-    source: Source, views: Iterable[View], *, seed: int = 0, channels: int, labels: bool = False, limit: int | None = None
+    source: Source,
+    config: DataConfig,
+    views: Iterable[View],
+    *,
+    seed: int = 0,
+    channels: int,
+    labels: bool = False,
+    limit: int | None = None,
 ) -> Samples:
-    """Samples in their own order, at most ``limit`` of them, spread evenly over the source.
+    """Samples in their own order, at most ``limit`` of them, spread evenly over the source, decoded as ``config`` says.
 
     A view with a random crop is drawn from (``seed``, the sample's place), so it is the same crop every time. Images that
     cannot be used are left out.
@@ -102,7 +131,7 @@ def evaluation_samples(
     if limit is not None and limit < source.num_samples:
         source = Subset(source, np.linspace(0, source.num_samples - 1, limit).astype(np.int64))
     order = Order(source.chunks, seed=seed, lanes=1, shuffle=False)
-    return Samples(source, order, views, seed=seed, channels=channels, labels=labels, leave_out=True)
+    return Samples(source, order, views, seed=seed, channels=channels, labels=labels, leave_out=True, **_decoding(config))
 
 
 def share(samples: Samples, *, tell: Callable[[str], None], batch_size: int = 128, workers: int = 0) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ archive cut exactly between two members looks just like that and would lose samp
 import hashlib
 import json
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def cached(path: str, suffix: str) -> Path:
 def replace_file(path: Path, content: bytes) -> None:
     """Write under a temporary name, then rename: a reader sees a whole file or none. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

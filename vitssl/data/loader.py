@@ -6,9 +6,7 @@ Surprising: a failure crosses from a worker as a value and is raised here, becau
 """
 
 import atexit
-import copy
 import itertools
-import math
 import multiprocessing
 import signal
 import sys
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.samples import Samples
 from vitssl.errors import ConfigError, DataError, UserError
 from vitssl.task import Batch
@@ -50,11 +49,10 @@ def batches(
             f"take {batch_size // per_step * per_step or per_step} or {(batch_size // per_step + 1) * per_step}"
         )
     assert stop is None or (stop - start) % batch_size == 0, "a run ends at the end of a global batch"
-    if not samples.source.by_chunk:
+    if not samples.source.by_chunk and not isinstance(samples.order, RepeatedOrder):
         return _load(samples, _Training(start, stop, batch_size, micro_batch, rank, world), workers)
     parts = max(1, workers)
-    samples = copy.copy(samples)
-    samples.memory //= math.gcd(samples.order.lanes, world * parts)
+    samples = samples.among(world, parts)
     return _joined(_load(samples, _Training(start, stop, batch_size, micro_batch, rank, world, parts), workers), parts)
 
 
@@ -74,8 +72,8 @@ def evaluation_batches(
 class _Training:
     """Yields the positions [micro_batch] of each micro-batch of one process.
 
-    Of data that is read by chunk each comes in ``parts``, one for each worker: that of position p is p // world % parts, so a
-    worker meets the same lanes again and again, and nobody else does, where processes x workers divides them.
+    Of data that is read by chunk, or repeated, each comes in ``parts``, one for each worker: that of position p is
+    p // world % parts, so a worker meets the same lanes again, and nobody else does, where processes x workers divides them.
     """
 
     start: int

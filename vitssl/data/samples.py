@@ -1,6 +1,9 @@
 """The samples of a source as the views ask for them, by their positions in the run; what cannot be used has a substitute."""
 
-from collections.abc import Iterable, Sequence
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,8 +11,10 @@ from torch.utils.data import Dataset
 
 from vitssl import draws
 from vitssl.data import transforms
+from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order
 from vitssl.data.quarantine import Quarantine
+from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.sources.base import Ahead, Raw, Source
 from vitssl.errors import DataError
 from vitssl.task import Bad, Batch
@@ -18,19 +23,29 @@ from vitssl.views import View, purpose
 _AUGMENT, _SUBSTITUTE = purpose("augment"), purpose("substitute")
 
 
+class _Made(NamedTuple):
+    """What stands at a position: views [H, W, C] in the order of the views asked for, or None where it is left out."""
+
+    position: int
+    key: str
+    label: int | None
+    views: tuple[transforms.Pixels, ...] | None
+    bad: Bad | None = None
+
+
 class Samples(Dataset):
     """The samples of a source in an order, as the views ask for them. Indexed by global positions of the run.
 
     ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
     ``substitute``: an image that does not decode, or that ``quarantine`` holds, is replaced by another of the source, a
     function of (seed, position) and of the bytes alone; with ``leave_out`` its row is missing. The batch says so. ``memory``
-    bytes may be held of a source that is read by chunk.
+    bytes may be held of a source that is read by chunk. ``exif`` and ``max_pixels`` as for :func:`transforms.decode`.
     """
 
     def __init__(
         self,
         source: Source,
-        order: Order,
+        order: Order | MixedOrder | RepeatedOrder,
         views: Iterable[View],
         *,
         seed: int,
@@ -41,7 +56,12 @@ class Samples(Dataset):
         leave_out: bool = False,
         quarantine: Quarantine = Quarantine(),  # noqa: B008 (it is frozen)
         memory: int = 1 << 30,
+        exif: bool = False,
+        max_pixels: int = transforms.MAX_PIXELS,
     ) -> None:
+        self._made: dict[int, _Made] = {}  # views of positions that are still to come, by repeats
+        self.divided = 1, 1  # among processes, and among the workers of each
+        self.decoding = {"exif": exif, "max_pixels": max_pixels}
         self.memory, self._begun = memory, False
         assert not (substitute and leave_out), "one of the two"
         self.substitute, self.leave_out, self.quarantine = substitute, leave_out, quarantine
@@ -53,6 +73,12 @@ class Samples(Dataset):
             lacking = f"{missing:,} of {source.num_samples:,} samples have no label"
             raise DataError(f"{source.name}: {lacking}, and labels are needed here; name a labelled set")
 
+    def among(self, world: int, parts: int) -> "Samples":
+        """The same for one of ``parts`` workers of each of ``world`` processes: with its share of the memory."""
+        mine = copy.copy(self)
+        mine.divided, mine.memory, mine._made = (world, parts), self.memory // math.gcd(self.order.lanes, world * parts), {}
+        return mine
+
     def __len__(self) -> int:
         """Samples in one epoch."""
         return self.source.num_samples
@@ -62,38 +88,66 @@ class Samples(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The batch of the samples at these [B] global positions. Raises DataError for one that cannot be read or decoded."""
-        positions = np.array(positions, dtype=np.int64)
-        raws = self.source.read(self.order.locate(positions), self._ahead(positions))
-        numbers = {view: transforms.draw_numbers(view, seed=self.seed, positions=positions).tolist() for view in self.views}
-        seeds = {view: self._augment_seeds(view, positions) for view in self.views}
-        pixels = {view: np.empty((len(raws), *view.size, self.channels), dtype=np.uint8) for view in self.views}
-        keys, bad, used = [raw.key for raw in raws], [], []
-        for row, raw in enumerate(raws):
-            image, reason = self._decoded(raw)
-            decided = self.quarantine.positions.get(position := int(positions[row]))
-            if decided:
-                image, reason = None, decided.reason
-            if image is None:
-                known, choice, served = raw.key in self.quarantine.keys, 0, ""
-                passing = decided is not None or (raw.passing and not known)
-                if not self.leave_out:
-                    raws[row], image, choice, lucky = self._another(position, reason, first=decided.choice if decided else 0)
-                    passing, served = passing or lucky, raws[row].key
-                bad.append(Bad(position, raw.key, served, reason, known, passing, choice))
-            if image is not None:
-                for view in self.views:
-                    pixels[view][len(used)] = transforms.show(
-                        image, view, numbers[view][row], augment=self.augment, augment_seed=seeds[view][row]
-                    )
-                used.append(row)
-        images = {view: torch.from_numpy(found[: len(used)]).permute(0, 3, 1, 2) for view, found in pixels.items()}
+        positions, coming, groups = [int(position) for position in positions], set(self._made), []
+        for position in positions:
+            if position not in coming:
+                groups.append([position, *self._again(position)])
+                coming.update(groups[-1])
+        fresh = np.array([group[0] for group in groups], dtype=np.int64)
+        raws = self.source.read(self.order.locate(fresh), self._ahead(fresh)) if groups else []
+        targets = np.array([position for group in groups for position in group], dtype=np.int64)
+        numbers = {view: transforms.draw_numbers(view, seed=self.seed, positions=targets).tolist() for view in self.views}
+        seeds = {view: self._augment_seeds(view, targets) for view in self.views}
+        drawn = {position: row for row, position in enumerate(targets.tolist())}
+
+        def show(image: transforms.Pixels, position: int) -> tuple[transforms.Pixels, ...]:
+            row = drawn[position]
+            return tuple(
+                transforms.show(image, view, numbers[view][row], augment=self.augment, augment_seed=seeds[view][row])
+                for view in self.views
+            )
+
+        for raw, group in zip(raws, groups, strict=True):
+            self._make(raw, group, show)
+        made = [self._made.pop(position) for position in positions]
+        used = [each for each in made if each.views is not None]
+        images = {view: np.empty((len(used), *view.size, self.channels), dtype=np.uint8) for view in self.views}
+        for number, view in enumerate(self.views):
+            for row, each in enumerate(used):
+                images[view][row] = each.views[number]
         return Batch(
-            views={view: found.contiguous() for view, found in images.items()},
-            positions=torch.from_numpy(positions[used]),
-            labels=torch.tensor([raws[row].label for row in used], dtype=torch.int64) if self.labels else None,
-            keys=tuple(keys[row] for row in used),
-            bad=tuple(bad),
+            views={view: torch.from_numpy(found).permute(0, 3, 1, 2).contiguous() for view, found in images.items()},
+            positions=torch.tensor([each.position for each in used], dtype=torch.int64),
+            labels=torch.tensor([each.label for each in used], dtype=torch.int64) if self.labels else None,
+            keys=tuple(each.key for each in used),
+            bad=tuple(each.bad for each in made if each.bad),
         )
+
+    def _make(
+        self, raw: Raw, group: list[int], show: Callable[[transforms.Pixels, int], tuple[transforms.Pixels, ...]]
+    ) -> None:
+        """Decode a sample once and make the views of all positions of ``group``; where it cannot be used, those of others."""
+        image, reason = self._decoded(raw)
+        for position in group:
+            decided = self.quarantine.positions.get(position)
+            if image is not None and not decided:
+                self._made[position] = _Made(position, raw.key, raw.label, show(image, position))
+                continue
+            known = raw.key in self.quarantine.keys
+            passing = decided is not None or (raw.passing and not known)
+            bad = Bad(position, raw.key, "", decided.reason if decided else reason, known, passing)
+            made = _Made(position, raw.key, raw.label, None, bad)
+            if not self.leave_out:
+                served, other, choice, lucky = self._another(position, bad.reason, first=decided.choice if decided else 0)
+                bad = bad._replace(served=served.key, passing=passing or lucky, choice=choice)
+                made = made._replace(label=served.label, views=show(other, position), bad=bad)
+            self._made[position] = made
+
+    def _again(self, position: int) -> list[int]:
+        """Later positions of the same sample that this process will be asked for."""
+        later = self.order.later(position) if isinstance(self.order, RepeatedOrder) else ()
+        world, parts = self.divided
+        return [each for each in later if (each - position) % world == 0 and (each - position) // world % parts == 0]
 
     def _ahead(self, positions: np.ndarray) -> Ahead | None:
         """What stands a reach further on, in the lanes of these positions; the first time also all that lies between."""
@@ -111,7 +165,7 @@ class Samples(Dataset):
         if raw.key in self.quarantine.keys:
             return None, f"{raw.where}: named in the quarantine file"
         try:
-            return transforms.decode(raw, self.channels), ""
+            return transforms.decode(raw, self.channels, **self.decoding), ""
         except DataError as error:
             if not (self.substitute or self.leave_out):
                 raise

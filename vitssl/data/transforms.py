@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional
 
 from vitssl import draws
@@ -41,8 +41,10 @@ _RESAMPLING = {
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(raw: Raw, channels: int = 3) -> Pixels:
+def decode(raw: Raw, channels: int = 3, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode an image of any mode to uint8 [H, W, C] (``channels`` 1, 3 or 4); the first frame of an animation.
+
+    ``exif`` turns and mirrors it as its camera noted; ``max_pixels`` are judged by the header, before anything is decoded.
 
     16-bit values keep their upper byte. Raises DataError naming ``raw.where``: no bytes, not an image, damaged, too many
     pixels, or floating-point pixels, whose range nobody states.
@@ -52,10 +54,14 @@ def decode(raw: Raw, channels: int = 3) -> Pixels:
     if raw.problem:
         raise DataError(raw.problem)
     try:
-        pixels = _decode_jpeg(raw.image) if channels == 3 and raw.image.startswith(b"\xff\xd8\xff") else None
-        return _decode_any(raw.image, channels) if pixels is None else pixels
+        jpeg = channels == 3 and raw.image.startswith(b"\xff\xd8\xff")
+        pixels = _decode_jpeg(raw.image, max_pixels) if jpeg else None
+        pixels = _decode_any(raw.image, channels, max_pixels) if pixels is None else pixels
+        return _upright(pixels, raw.image) if exif else pixels
     except Image.DecompressionBombError:
-        raise DataError(f"{raw.where}: has more than {MAX_PIXELS:,} pixels; shrink it or take it out") from None
+        raise DataError(
+            f"{raw.where}: has more than {max_pixels:,} pixels (data.max_pixels); shrink it or take it out"
+        ) from None
     except UnidentifiedImageError:
         what = "is empty" if not raw.image else f"is no image of a known format ({len(raw.image):,} bytes)"
         raise DataError(f"{raw.where}: {what}; replace it or take it out") from None
@@ -64,25 +70,44 @@ def decode(raw: Raw, channels: int = 3) -> Pixels:
         raise DataError(f"{raw.where}: does not decode ({reason}); replace it or take it out") from None
 
 
-def _decode_jpeg(content: bytes) -> Pixels | None:
+def _decode_jpeg(content: bytes, max_pixels: int) -> Pixels | None:
     """The common case, a third faster than by PIL; None for what PIL is to judge: other colours, and anything odd."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if height * width > MAX_PIXELS:
+        if height * width > max_pixels:
             raise Image.DecompressionBombError
         return simplejpeg.decode_jpeg(content, "RGB") if colours in ("YCbCr", "RGB", "Gray") else None
     except ValueError:
         return None
 
 
-def _decode_any(content: bytes, channels: int) -> Pixels:
+def _decode_any(content: bytes, channels: int, max_pixels: int) -> Pixels:
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # it raises at twice its own
     image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError
     image.load()
     if image.mode != _MODES[channels] or "transparency" in image.info:
         image = _converted(image, channels)
     return _pixels(image)
+
+
+_TURNS: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> what makes it upright
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.transpose(1, 0, 2),
+    6: lambda image: image.transpose(1, 0, 2)[:, ::-1],
+    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda image: image.transpose(1, 0, 2)[::-1],
+}
+
+
+def _upright(pixels: Pixels, content: bytes) -> Pixels:
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as header:
+        turn = _TURNS.get(header.getexif().get(ExifTags.Base.Orientation, 1))
+    return np.ascontiguousarray(turn(pixels)) if turn else pixels
 
 
 def _pixels(image: Image.Image) -> Pixels:

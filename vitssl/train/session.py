@@ -89,7 +89,7 @@ class Session:
         config, plan = self.config, self.plan
         options = {"seed": config.seed, "lanes": self.lanes, "channels": channels, "labels": labels, "augment": augment}
         feed = batches(
-            training_samples(self.source, config.data, views, passing=self.passing, **options),
+            training_samples(self.source, config.data, views, passing=self.passing, batch_size=plan.batch_size, **options),
             start=self.start * plan.batch_size,
             stop=plan.steps * plan.batch_size,
             batch_size=plan.batch_size,

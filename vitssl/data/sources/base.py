@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_BYTES = 256 << 20  # of one encoded image: of a larger member nothing good is to be expected
+
 
 class Raw(NamedTuple):
     """One sample as it is stored: the encoded image, its label where it has one, and ``where`` it lies, for messages.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Ahead, Raw, fingerprint
+from vitssl.data.sources.base import MAX_BYTES, Ahead, Raw, fingerprint
 from vitssl.data.tarscan import IMAGES
 from vitssl.errors import DataError
 
@@ -58,6 +58,8 @@ class FolderSource:
         label = None if self._labels is None else int(self._labels[number])
         try:
             with open(where, "rb") as opened:
+                if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
+                    return Raw(file, b"", label, where, f"{where}: has {size:,} bytes, more than {MAX_BYTES:,}; take it out")
                 return Raw(key=file, image=opened.read(), label=label, where=where)
         except OSError as error:
             problem = f"{where}: cannot be read ({error.strerror or error}); put it back and start again"

@@ -6,9 +6,9 @@ expanded sorted, and a shard added at the end changes the order of a run but no 
 
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,14 @@ from vitssl.data.buffer import ChunkBuffer
 from vitssl.data.index import ShardIndex
 from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
-from vitssl.data.sources.base import Ahead, Raw, fingerprint
+from vitssl.data.sources.base import MAX_BYTES, Ahead, Raw, fingerprint
 from vitssl.data.sources.patterns import find_shards
 from vitssl.data.stores import USUAL, Access, Unreachable, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
 
 DEFAULT_MEMORY = 1 << 30  # bytes of remote chunks that a process may hold, where nobody said how many
+Chunk = list[tuple[int, bytes]]
+"""(offset in the shard, bytes), by offset."""
 _OPEN = 128  # descriptors a process keeps
 _MAPPED = 1024  # sidecars it keeps mapped
 
@@ -59,7 +61,7 @@ class ShardSource:
         self.mean_bytes = int(rows["size"].sum()) // self.num_samples
         self.chunks = _chunks(counts, default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
         self._starts, self._chunk_starts = np.cumsum(counts) - counts, np.cumsum(self.chunks) - self.chunks
-        self._buffer = ChunkBuffer(self._fetch, size=_bytes)
+        self._buffer, self._lock = ChunkBuffer(self._fetch, size=_bytes), (-1, None)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._indexes: dict[int, ShardIndex] = {}  # shared with the threads that fetch chunks
 
@@ -103,9 +105,10 @@ class ShardSource:
             key, offset, length, label, extension = shard.records[place].tolist()
             key, label = key.decode("utf-8", "replace"), label if label >= 0 else None
             where = f"{shown(shard.shard)}: {key}.{extension.decode()} (byte {offset:,})"
+            if length > MAX_BYTES:
+                raise DataError(f"has {length:,} bytes, more than {MAX_BYTES:,}; take it out")
             if self.by_chunk:
-                first, content = self._buffer.get(chunk, limit=memory)
-                image = content[offset - first : offset - first + length]
+                image = _part(self._buffer.get(chunk, limit=memory), offset, length)
             else:
                 image = os.pread(self._descriptor(number), length, offset)
             if len(image) < length:
@@ -121,23 +124,32 @@ class ShardSource:
     def _chunk_of(self, ids: NDArray) -> NDArray:
         return np.searchsorted(self._chunk_starts, ids, side="right") - 1
 
-    def _fetch(self, chunk: int) -> tuple[int, bytes]:
-        """(offset, bytes) of a remote chunk: from its first image to the end of its last."""
+    def _fetch(self, chunk: int) -> Chunk:
+        """The bytes of a remote chunk: from its first image to its last, or image by image where most lies between."""
         first = int(self._chunk_starts[chunk])
         number = int(np.searchsorted(self._starts, first, side="right")) - 1
         place = first - int(self._starts[number])
         records = self._index(number).records[place : place + int(self.chunks[chunk])]
+        records = records[records["length"] <= MAX_BYTES]
+        if not len(records):
+            return []
         start, stop = int(records["offset"].min()), int((records["offset"] + records["length"]).max())
         shard, size = self.manifest.shards[number], int(self.manifest.rows["size"][number])
-        return start, remote.read(shard, start, stop - start, size, self.manifest.access)
+        spans = [(start, stop - start)]
+        if stop - start > 2 * int(records["length"].sum()) + (1 << 20):
+            spans = [(int(record["offset"]), int(record["length"])) for record in records]
+        return [(first, remote.read(shard, first, length, size, self.manifest.access)) for first, length in spans]
 
     def _index(self, number: int) -> ShardIndex:
         index = self._indexes.get(number)
         if index is None:
-            index = self._indexes[number] = self.manifest.open(number)
-            with suppress(RuntimeError):  # another thread was quicker
+            if self._lock[0] != os.getpid():  # a lock that a fork copied may be held by a thread that is not here
+                self._lock = os.getpid(), threading.Lock()
+            with self._lock[1]:
+                index = self._indexes.get(number) or self.manifest.open(number)
+                self._indexes[number] = index
                 while len(self._indexes) > _MAPPED:
-                    self._indexes.pop(next(iter(self._indexes)), None)
+                    del self._indexes[next(iter(self._indexes))]
         return index
 
     def _descriptor(self, number: int) -> int:
@@ -149,7 +161,7 @@ class ShardSource:
         return self._files[number]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": OrderedDict(), "_indexes": {}, "_buffer": None}
+        return self.__dict__ | {"_files": OrderedDict(), "_indexes": {}, "_buffer": None, "_lock": (-1, None)}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
@@ -168,8 +180,13 @@ def _chunks(counts: NDArray, size: int) -> NDArray[np.int64]:
     return counts[shard] * (place + 1) // pieces[shard] - counts[shard] * place // pieces[shard]
 
 
-def _bytes(chunk: tuple[int, bytes]) -> int:
-    return len(chunk[1])
+def _bytes(chunk: Chunk) -> int:
+    return sum(len(content) for _, content in chunk)
+
+
+def _part(chunk: Chunk, offset: int, length: int) -> bytes:
+    first, content = next(piece for piece in reversed(chunk) if piece[0] <= offset)
+    return content[offset - first : offset - first + length]
 
 
 def _in_order(numbers: NDArray) -> list[int]:
