@@ -80,6 +80,7 @@ class DataConfig(SourceConfig):
     )
     exif: bool = Field(False, description="whether images (also those looked at) are turned as their camera noted")
     max_pixels: Count = Field(89_478_485, description="of one image, by its header; larger ones are not decoded")
+    decode_seconds: Positive = Field(120.0, description="after which an image that hangs its loader process is replaced")
     max_bad_fraction: Fraction = Field(0.01, description="of the images, which may be unusable and are replaced; 0: none")
     quarantine: Path | None = Field(None, description="quarantine.jsonl of an earlier run: what it names is replaced")
     ledger: bool = Field(False, description="write position and key of every sample trained on to ledger/ of the run")

@@ -13,7 +13,7 @@ from vitssl import draws
 from vitssl.data import transforms
 from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order
-from vitssl.data.quarantine import Quarantine
+from vitssl.data.quarantine import Decided, Quarantine
 from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.sources.base import Ahead, Raw, Source
 from vitssl.errors import DataError
@@ -39,7 +39,8 @@ class Samples(Dataset):
     ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
     ``substitute``: an image that does not decode, or that ``quarantine`` holds, is replaced by another of the source, a
     function of (seed, position) and of the bytes alone; with ``leave_out`` its row is missing. The batch says so. ``memory``
-    bytes may be held of a source that is read by chunk. ``exif`` and ``max_pixels`` as for :func:`transforms.decode`.
+    bytes may be held of a source that is read by chunk; after ``patience`` seconds decoding counts as hung; ``exif`` and
+    ``max_pixels`` as for :func:`transforms.decode`.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Samples(Dataset):
         leave_out: bool = False,
         quarantine: Quarantine = Quarantine(),  # noqa: B008 (it is frozen)
         memory: int = 1 << 30,
+        patience: float = 120.0,
         exif: bool = False,
         max_pixels: int = transforms.MAX_PIXELS,
     ) -> None:
+        self.patience, self.pulse = patience, _no_pulse
         self._made: dict[int, _Made] = {}  # views of positions that are still to come, by repeats
         self.divided = 1, 1  # among processes, and among the workers of each
         self.decoding = {"exif": exif, "max_pixels": max_pixels}
@@ -77,6 +80,21 @@ class Samples(Dataset):
         """The same for one of ``parts`` workers of each of ``world`` processes: with its share of the memory."""
         mine = copy.copy(self)
         mine.divided, mine.memory, mine._made = (world, parts), self.memory // math.gcd(self.order.lanes, world * parts), {}
+        return mine
+
+    def without(self, positions: Iterable[int], reason: str) -> "Samples":
+        """The same, passing over these positions. Raises DataError where nothing may stand in for them."""
+        mine = copy.copy(self)
+        raws = self.source.read(self.order.locate(positions := list(positions)))
+        told = {position: f"{raw.where}: {reason}" for position, raw in zip(positions, raws, strict=True)}
+        if not (self.substitute or self.leave_out):
+            raise DataError(f"{next(iter(told.values()))}; take it out")
+        known = self.quarantine.positions
+        decided = {  # at a position that was passed over before, it is what stood in that is to blame
+            position: known[position]._replace(choice=known[position].choice + 1) if position in known else Decided(text, 0)
+            for position, text in told.items()
+        }
+        mine.quarantine = self.quarantine._replace(positions={**known, **decided})
         return mine
 
     def __len__(self) -> int:
@@ -127,9 +145,11 @@ class Samples(Dataset):
         self, raw: Raw, group: list[int], show: Callable[[transforms.Pixels, int], tuple[transforms.Pixels, ...]]
     ) -> None:
         """Decode a sample once and make the views of all positions of ``group``; where it cannot be used, those of others."""
-        image, reason = self._decoded(raw)
+        self.pulse(group[0])
+        first = self.quarantine.positions.get(group[0])
+        image, reason = (None, first.reason) if first else self._decoded(raw)
         for position in group:
-            decided = self.quarantine.positions.get(position)
+            decided = self.quarantine.positions.get(position, first)
             if image is not None and not decided:
                 self._made[position] = _Made(position, raw.key, raw.label, show(image, position))
                 continue
@@ -142,6 +162,7 @@ class Samples(Dataset):
                 bad = bad._replace(served=served.key, passing=passing or lucky, choice=choice)
                 made = made._replace(label=served.label, views=show(other, position), bad=bad)
             self._made[position] = made
+        self.pulse(None)
 
     def _again(self, position: int) -> list[int]:
         """Later positions of the same sample that this process will be asked for."""
@@ -190,3 +211,7 @@ class Samples(Dataset):
             return [0] * len(positions)
         hashes = draws.hashed(self.seed, draws.fold(_AUGMENT, view.purpose), torch.from_numpy(positions), 1)
         return (hashes[:, 0] & 0x7FFFFFFFFFFFFFFF).tolist()
+
+
+def _no_pulse(position: int | None) -> None:
+    """Nobody watches a process that decodes its own images."""
