@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vitssl.data.index import SUFFIX
 from vitssl.data.manifest import NAME, read_manifest
-from vitssl.data.stores import USUAL, Access, is_url, open_store, parted, shown
+from vitssl.data.stores import USUAL, Access, globbed, is_url, open_store, parted, shown
 from vitssl.errors import ConfigError, DataError
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones too: refused, not overlooked
@@ -82,7 +82,7 @@ def _expand(pattern: str, access: Access) -> list[str]:
 
 def _is_one(url: str) -> bool:
     """Whether a url names one shard, and no folder or glob."""
-    return url.startswith("pipe:") or (is_shard(parted(url)[1]) and not set("*[") & set(parted(url)[1]))
+    return url.startswith("pipe:") or (is_shard(parted(url)[1]) and not globbed(parted(url)[1]))
 
 
 def _holds(folder: str) -> str:

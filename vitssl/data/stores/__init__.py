@@ -5,10 +5,23 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vitssl.data.stores.base import NoRanges, Stat, Store, Unreachable, beside, is_url, parted, shown
+from vitssl.data.stores.base import NoRanges, Stat, Store, Unreachable, beside, globbed, is_url, parted, shown
 from vitssl.errors import ConfigError
 
-__all__ = ["USUAL", "Access", "NoRanges", "Stat", "Store", "Unreachable", "beside", "is_url", "open_store", "parted", "shown"]
+__all__ = [
+    "USUAL",
+    "Access",
+    "NoRanges",
+    "Stat",
+    "Store",
+    "Unreachable",
+    "beside",
+    "globbed",
+    "is_url",
+    "open_store",
+    "parted",
+    "shown",
+]
 
 GIB = 1 << 30
 
@@ -43,7 +56,7 @@ def open_store(url: str, access: Access) -> Store:
                 f"{url[:60]!r}: would run a command of the shell; data.allow_shell_urls=true lets it, if you trust it"
             )
         return _pipe()
-    return _file_system(scheme, access.storage)
+    return _s3(access.storage) if scheme == "s3" else _file_system(scheme, access.storage)
 
 
 @functools.cache
@@ -58,6 +71,13 @@ def _pipe() -> Store:
     from vitssl.data.stores.pipe import PipeStore
 
     return PipeStore()
+
+
+@functools.cache
+def _s3(storage: str) -> Store:
+    from vitssl.data.stores.s3 import S3Store
+
+    return S3Store(json.loads(storage))
 
 
 @functools.cache

@@ -54,6 +54,11 @@ def is_url(path: str) -> bool:
     return len(found.group()) > 2 if (found := _URL.match(path)) else False
 
 
+def globbed(path: str) -> bool:
+    """Whether a path holds signs of a pattern (a question mark begins a query)."""
+    return bool(set("*[") & set(path))
+
+
 def parted(path: str) -> tuple[str, str]:
     """(folder, file name) of a local path or a url, whose query is part of neither."""
     if not is_url(path):

@@ -1,4 +1,4 @@
-"""Files in object stores and on the Hugging Face hub, through fsspec: ``s3://``, ``gs://``, ``hf://``.
+"""Files in Google's object store and on the Hugging Face hub, through fsspec: ``gs://``, ``hf://``.
 
 Their libraries retry by themselves; what still fails is tried again a few times. Credentials come from where each library looks
 for them (environment, configuration files), never from a config.
@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from vitssl.data.stores.base import Stat, Unreachable, shown
+from vitssl.data.stores.base import Stat, Unreachable, globbed, shown
 from vitssl.errors import ConfigError, DataError
 
-SCHEMES = {"s3": "pip install 'vitssl[s3]'", "gs": "pip install 'vitssl[gs]'", "hf": "pip install huggingface_hub"}
+SCHEMES = {"gs": "pip install 'vitssl[gs]'", "hf": "pip install huggingface_hub"}
 
 
 class CloudStore:
@@ -19,7 +19,7 @@ class CloudStore:
 
     def __init__(self, scheme: str, storage: dict[str, Any], *, tries: int = 4, wait: float = 0.5) -> None:
         if scheme not in SCHEMES:
-            known = ", ".join(f"{name}://" for name in ("http", "https", *SCHEMES))
+            known = ", ".join(f"{name}://" for name in ("http", "https", "s3", *SCHEMES))
             raise ConfigError(f"{scheme}:// is none of the places that data can lie at: {known}, or a local path; correct it")
         self.scheme, self.storage, self.tries, self.wait = scheme, storage, tries, wait
 
@@ -47,7 +47,7 @@ class CloudStore:
     def find(self, pattern: str) -> list[str]:
         """What a folder holds, or what a glob meets."""
         files = self._files()
-        glob = pattern if any(sign in pattern for sign in "*?[") else pattern.rstrip("/") + "/*"
+        glob = pattern if globbed(pattern) else pattern.rstrip("/") + "/*"
         names = self._patiently(pattern, lambda: files.glob(glob))
         return [f"{self.scheme}://{name.removeprefix(f'{self.scheme}://')}" for name in sorted(names)]
 
