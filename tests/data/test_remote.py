@@ -19,7 +19,7 @@ from vitssl.data.manifest import NAME, index_shards
 from vitssl.data.order import Order
 from vitssl.data.samples import Samples
 from vitssl.data.sources import open_source
-from vitssl.data.sources.shards import _chunks
+from vitssl.data.sources.base import cut
 from vitssl.data.stores import Access
 from vitssl.errors import ConfigError, DataError
 from vitssl.views import View
@@ -157,7 +157,7 @@ def test_training_goes_on_without_a_shard(server: WebServer, case: str, monkeypa
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 1), (1, 3), (2, 1), (2, 3)])
 def test_the_same_run_with_any_loaders_and_each_byte_once(server: WebServer, shards: Path, world: int, workers: int) -> None:
     far, near = open_source(url(server)), open_source(shards)
-    far.chunks = near.chunks = _chunks(near.manifest.rows["samples"], 2)
+    far.chunks = near.chunks = cut(near.manifest.rows["samples"], 2)
     far._chunk_starts = np.cumsum(far.chunks) - far.chunks
     order = Order(near.chunks, seed=1, lanes=6, window=4)
     server.requests.clear()
@@ -218,7 +218,7 @@ def test_members_beyond_all_measure(
 ) -> None:
     limit = len(encoded(7)) - 1  # some are larger
     sources = [open_source(url(server)), open_source(shards), open_source(photos)]
-    for module in ("shards", "folder"):
+    for module in ("shards", "base"):
         monkeypatch.setattr(f"vitssl.data.sources.{module}.MAX_BYTES", limit)
     for source in sources:
         raws = source.read(range(source.num_samples))

@@ -8,7 +8,7 @@ import pytest
 import webdataset
 
 from vitssl.data.order import Order, default_chunk
-from vitssl.data.sources.shards import _chunks
+from vitssl.data.sources.base import cut
 
 SHARDS, EACH, BATCH = 50, 1000, 256
 
@@ -30,7 +30,7 @@ def buffered(size: int) -> np.ndarray:
 
 @pytest.mark.parametrize("window", [16, 128, 1024])
 def test_it_is_mixed_better_than_by_a_buffer_of_the_same_memory(window: int) -> None:
-    chunks = _chunks(np.full(SHARDS, EACH), default_chunk(SHARDS * EACH))
+    chunks = cut(np.full(SHARDS, EACH), default_chunk(SHARDS * EACH))
     order = Order(chunks, seed=1, lanes=24, window=window)
     ids = order.locate(np.arange(SHARDS * EACH))
     assert np.array_equal(np.sort(ids), np.arange(SHARDS * EACH))

@@ -64,7 +64,7 @@ def load_index(shard: str, *, identity: str | None = None, access: Access = USUA
     sidecars = [path for path in _sidecars(shard) if path.exists()]
     if not is_url(shard) and (not sidecars or (identity is None and not os.path.exists(shard))):
         return None
-    identity = identity or _identity(shard, access)
+    identity = identity or identity_of(shard, access)
     for path in sidecars:
         index = _read(path, shard=shard)
         if index is not None and index.identity == identity:
@@ -76,7 +76,7 @@ def build_index(shard: str, access: Access = USUAL) -> ShardIndex:
     """Scan a shard and write its sidecar. Raises DataError naming the shard, what is wrong with it and what to do."""
     with remote.copy_of(shard, access) as path:
         samples, ignored = tarscan.samples(path, shard=shown(shard))
-        identity = _identity(path, access)
+        identity = identity_of(path, access)
     keys = [sample.key.encode("utf-8", "surrogateescape") for sample in samples]
     records = np.zeros(len(samples), record_type(max(map(len, keys))))
     records["key"] = keys
@@ -142,7 +142,8 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _identity(shard: str, access: Access) -> str:
+def identity_of(shard: str, access: Access) -> str:
+    """Size and hash of both ends of a file: what tells whether it is still the same."""
     if is_url(shard):
         size, first, last = remote.ends(shard, _ENDS, access)
         return f"{size}-{hashlib.blake2b(first + last, digest_size=16).hexdigest()}"

@@ -5,6 +5,7 @@ lazily, so a worker process is handed one as it is.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 256 << 20  # of one encoded image: of a larger member nothing good is to be expected
+DEFAULT_MEMORY = 1 << 30  # bytes of chunks that a process may hold, where nobody said how many
 
 
 class Raw(NamedTuple):
@@ -42,6 +44,38 @@ def fingerprint(parts: Iterable[str | bytes]) -> str:
     for part in parts:
         digest.update((part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")) + b"\0")
     return digest.hexdigest()
+
+
+def too_large(where: str, size: int) -> str:
+    """The problem of an encoded image of ``size`` bytes; empty where it is none."""
+    return f"{where}: has {size:,} bytes, more than {MAX_BYTES:,}; take it out" if size > MAX_BYTES else ""
+
+
+def read_file(path: str | os.PathLike, *, key: str, label: int | None) -> Raw:
+    """The sample that is a file of its own, or its problem."""
+    where = os.fspath(path)
+    try:
+        with open(where, "rb") as file:
+            if problem := too_large(where, os.fstat(file.fileno()).st_size):
+                return Raw(key, b"", label, where, problem)
+            return Raw(key=key, image=file.read(), label=label, where=where)
+    except OSError as error:
+        problem = f"{where}: cannot be read ({error.strerror or error}); put it back and start again"
+        return Raw(key, b"", label, where, problem, passing=True)
+
+
+def one_by_one(num_samples: int) -> NDArray[np.int64]:
+    """Chunks of samples that are read one by one, so that keeping neighbours together gains nothing: up to two million."""
+    size = -(-num_samples // 2_000_000)
+    return np.diff(np.append(np.arange(0, num_samples, size), num_samples))
+
+
+def cut(counts: NDArray, size: int) -> NDArray[np.int64]:
+    """Chunks of ``size`` samples of each of the parts with ``counts`` samples, the rest spread so that none is a crumb."""
+    pieces = -(-counts // size)  # per part
+    part = np.repeat(np.arange(len(counts)), pieces)
+    place = np.arange(len(part)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return counts[part] * (place + 1) // pieces[part] - counts[part] * place // pieces[part]
 
 
 class Source(Protocol):

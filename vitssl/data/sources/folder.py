@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import MAX_BYTES, Ahead, Raw, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, fingerprint, one_by_one, read_file
 from vitssl.data.tarscan import IMAGES
 from vitssl.errors import DataError
 
@@ -34,8 +34,7 @@ class FolderSource:
         # One array of bytes, not a list of strings: forked workers would copy its pages by counting references.
         self._files = np.array([os.fsencode(file) for file in images])
         self.num_samples = len(images)
-        size = -(-self.num_samples // 2_000_000)
-        self.chunks = np.diff(np.append(np.arange(0, self.num_samples, size), self.num_samples))
+        self.chunks = one_by_one(self.num_samples)
         self.classes, self._labels = None, None
         if all("/" in file for file in images):
             names, labels = np.unique([file.partition("/")[0] for file in images], return_inverse=True)
@@ -54,16 +53,8 @@ class FolderSource:
 
     def _read(self, number: int) -> Raw:
         file = os.fsdecode(self._files[number])
-        where = os.path.join(self.name, file)
         label = None if self._labels is None else int(self._labels[number])
-        try:
-            with open(where, "rb") as opened:
-                if (size := os.fstat(opened.fileno()).st_size) > MAX_BYTES:
-                    return Raw(file, b"", label, where, f"{where}: has {size:,} bytes, more than {MAX_BYTES:,}; take it out")
-                return Raw(key=file, image=opened.read(), label=label, where=where)
-        except OSError as error:
-            problem = f"{where}: cannot be read ({error.strerror or error}); put it back and start again"
-            return Raw(file, b"", label, where, problem, passing=True)
+        return read_file(os.path.join(self.name, file), key=file, label=label)
 
 
 def _files(folder: str, seen: set[str], prefix: str = "") -> Iterator[str]:

@@ -3,30 +3,56 @@
 import glob
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vitssl.data.index import SUFFIX
 from vitssl.data.manifest import NAME, read_manifest
 from vitssl.data.stores import USUAL, Access, globbed, is_url, open_store, parted, shown
 from vitssl.errors import ConfigError, DataError
 
-_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones too: refused, not overlooked
+
+class Form(NamedTuple):
+    """What shards are: the words for one and for several, and how their names end."""
+
+    one: str
+    several: str
+    suffixes: tuple[str, ...]
 
 
-def find_shards(path: str | Sequence[str], access: Access = USUAL) -> list[str]:
+# Compressed tars too: refused, not overlooked.
+TAR = Form("tar", "tar shards", (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+PARQUET = Form("parquet file", "parquet files", (".parquet",))
+
+
+def find_shards(path: str | Sequence[str], access: Access = USUAL, *, form: Form = TAR) -> list[str]:
     """The shards that a brace pattern, a glob, a folder, a file, a url or a list of these names, in order.
 
     Raises ConfigError for patterns that do not expand and urls that are not allowed, DataError for what is not there.
     """
     if isinstance(path, str):
-        return _expand(path, access)
+        return _expand(path, access, form)
     if not path:
         raise ConfigError("the list of shards is empty; name at least one")
-    return [shard for each in path for shard in _expand(each, access)]
+    return [shard for each in path for shard in _expand(each, access, form)]
 
 
-def is_shard(name: str) -> bool:
-    """Whether a file name is that of a tar."""
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+def is_shard(name: str, form: Form = TAR) -> bool:
+    """Whether a path or a file name is that of a shard."""
+    return name.lower().endswith(form.suffixes) and not os.path.basename(name).startswith(".")
+
+
+def is_saved(path: str) -> bool:
+    """Whether a folder is a data set, or splits of one, that the ``datasets`` library saved to a disk."""
+    held = set(os.listdir(path)) if os.path.isdir(path) else set()
+    return "dataset_dict.json" in held or {"state.json", "dataset_info.json"} <= held
+
+
+def shortened(path: str | Sequence[str]) -> str:
+    """What a user named, for messages: a list by its first."""
+    if isinstance(path, str):
+        return shown(path)
+    paths = [shown(each) for each in path[:1]]
+    return paths[0] if len(path) == 1 else f"{paths[0]} and {len(path) - 1} more" if paths else "no shards"
 
 
 def _may_be_shard(path: str) -> bool:
@@ -47,11 +73,13 @@ def shards_of_url(url: str, access: Access = USUAL) -> list[str]:
     return shards
 
 
-def _expand(pattern: str, access: Access) -> list[str]:
+def _expand(pattern: str, access: Access, form: Form) -> list[str]:
+    if is_url(pattern) and form is not TAR:
+        raise ConfigError(f"{shown(pattern)}: {form.several} are read from local disks only; fetch them and name their path")
     if not is_url(pattern) and os.path.isdir(pattern):
-        shards = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name)]
+        shards = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name, form)]
         if not shards:
-            raise DataError(f"{pattern}: this folder holds no tar shards ({_holds(pattern)}); correct the path")
+            raise DataError(f"{pattern}: this folder holds no {form.several} ({_holds(pattern, form)}); correct the path")
         return shards
     if os.path.exists(pattern):
         return [pattern]
@@ -76,7 +104,7 @@ def _expand(pattern: str, access: Access) -> list[str]:
         what = "nothing is there"
         if len(expanded) > 1:
             what = f"{len(missing)} of {len(expanded)} shards are missing, the first is {missing[0]}"
-        raise DataError(f"{pattern}: {what}; {folder} {_holds(folder)}: correct the path")
+        raise DataError(f"{pattern}: {what}; {folder} {_holds(folder, form)}: correct the path")
     return shards
 
 
@@ -85,12 +113,12 @@ def _is_one(url: str) -> bool:
     return url.startswith("pipe:") or (is_shard(parted(url)[1]) and not globbed(parted(url)[1]))
 
 
-def _holds(folder: str) -> str:
+def _holds(folder: str, form: Form) -> str:
     """What a folder holds, in words, for a message about what it does not."""
     if not os.path.isdir(folder):
         return "is not a folder"
     names = sorted(os.listdir(folder))
-    shards = [name for name in names if is_shard(name)]
+    shards = [name for name in names if is_shard(name, form)]
     if not shards:
-        return f"holds {len(names)} files and no tar"
-    return f"holds {len(shards)} tars, {shards[0]} to {shards[-1]}"
+        return f"holds {len(names)} files and no {form.one}"
+    return f"holds {len(shards)} {form.several}, {shards[0]} to {shards[-1]}"

@@ -19,12 +19,11 @@ from vitssl.data.buffer import ChunkBuffer
 from vitssl.data.index import ShardIndex
 from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
-from vitssl.data.sources.base import MAX_BYTES, Ahead, Raw, fingerprint
-from vitssl.data.sources.patterns import find_shards
+from vitssl.data.sources.base import DEFAULT_MEMORY, MAX_BYTES, Ahead, Raw, cut, fingerprint
+from vitssl.data.sources.patterns import find_shards, shortened
 from vitssl.data.stores import USUAL, Access, Unreachable, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
 
-DEFAULT_MEMORY = 1 << 30  # bytes of remote chunks that a process may hold, where nobody said how many
 Chunk = list[tuple[int, bytes]]
 """(offset in the shard, bytes), by offset."""
 _OPEN = 128  # descriptors a process keeps
@@ -45,7 +44,7 @@ class ShardSource:
         access: Access = USUAL,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.name = shown(path) if isinstance(path, str) else _shortened(path)
+        self.name = shortened(path)
         shards = find_shards(path, access)
         if len({is_url(shard) for shard in shards}) > 1:
             raise ConfigError(f"{self.name}: some shards are local and some are not; name them apart, in data.sources")
@@ -59,7 +58,7 @@ class ShardSource:
         self.classes = self._class_names() if self.labels else None
         self.by_chunk = is_url(self.manifest.shards[0])
         self.mean_bytes = int(rows["size"].sum()) // self.num_samples
-        self.chunks = _chunks(counts, default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
+        self.chunks = cut(counts, default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
         self._starts, self._chunk_starts = np.cumsum(counts) - counts, np.cumsum(self.chunks) - self.chunks
         self._buffer, self._lock = ChunkBuffer(self._fetch, size=_bytes), (-1, None)
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -71,7 +70,7 @@ class ShardSource:
         memory = ahead.memory if ahead else DEFAULT_MEMORY
         if self.by_chunk:
             soon = np.concatenate([ids, ahead.ids]) if ahead else ids
-            self._buffer.expect(_in_order(self._chunk_of(soon)), limit=memory)
+            self._buffer.expect(dict.fromkeys(self._chunk_of(soon).tolist()), limit=memory)
         shards = np.searchsorted(self._starts, ids, side="right") - 1
         places = ids - self._starts[shards]
         chunks = self._chunk_of(ids).tolist() if self.by_chunk else [0] * len(ids)
@@ -172,14 +171,6 @@ class ShardSource:
             os.close(descriptor)
 
 
-def _chunks(counts: NDArray, size: int) -> NDArray[np.int64]:
-    """Each shard cut into chunks of ``size`` samples, the rest spread so that no chunk is a crumb."""
-    pieces = -(-counts // size)  # per shard
-    shard = np.repeat(np.arange(len(counts)), pieces)
-    place = np.arange(len(shard)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return counts[shard] * (place + 1) // pieces[shard] - counts[shard] * place // pieces[shard]
-
-
 def _bytes(chunk: Chunk) -> int:
     return sum(len(content) for _, content in chunk)
 
@@ -187,13 +178,3 @@ def _bytes(chunk: Chunk) -> int:
 def _part(chunk: Chunk, offset: int, length: int) -> bytes:
     first, content = next(piece for piece in reversed(chunk) if piece[0] <= offset)
     return content[offset - first : offset - first + length]
-
-
-def _in_order(numbers: NDArray) -> list[int]:
-    """Distinct numbers, by their first place."""
-    return list(dict.fromkeys(numbers.tolist()))
-
-
-def _shortened(paths: Sequence[str]) -> str:
-    paths = [shown(path) for path in paths[:1]] + list(paths[1:])
-    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more" if paths else "no shards"

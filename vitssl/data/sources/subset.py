@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vitssl import draws
-from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint, one_by_one
 from vitssl.errors import DataError
 from vitssl.views import purpose
 
@@ -23,8 +23,7 @@ class Subset:
         self.name = f"{self.num_samples:,} samples of {source.name}"
         self.labels, self.classes, self.ignored = source.labels, source.classes, source.ignored
         self.fingerprint = fingerprint([source.fingerprint, self.ids.tobytes()])
-        size = -(-self.num_samples // 2_000_000)
-        self.chunks = np.diff(np.append(np.arange(0, self.num_samples, size), self.num_samples))
+        self.chunks = one_by_one(self.num_samples)
         self.by_chunk, self.mean_bytes = source.by_chunk, source.mean_bytes
 
     def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
