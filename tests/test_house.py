@@ -32,6 +32,7 @@ HOMES = {  # third party -> where it may be imported
     "deepspeed": r"vitssl\.train\..*",
     "webdataset": r"vitssl\.data\..*",
     "datasets": r"vitssl\.data\..*",
+    "pyarrow": r"vitssl\.data\..*",
     "transformers": r"vitssl\.interop\.\w+",
     "onnx": r"vitssl\.interop\.\w+",
     "onnxruntime": r"vitssl\.interop\.\w+",

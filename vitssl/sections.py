@@ -50,9 +50,16 @@ class EncoderConfig(Section):
 
 
 class PlaceConfig(Section):
-    path: str | list[str] | None = Field(None, description="shards (pattern, glob, list, folder, url) or a folder of images")
-    kind: Literal["auto", "shards", "folder", "demo"] = Field("auto", description="what the path is")
-    split: str | None = Field(None, description="sub-folder, or prefix of the shards' names, such as train")
+    path: str | list[str] | None = Field(
+        None,
+        description="shards (pattern, glob, list, folder, url), a folder of images, a file list, parquet files or a data set",
+    )
+    kind: Literal["auto", "shards", "folder", "list", "parquet", "hub", "demo"] = Field(
+        "auto", description="what the path is; hub: a Hugging Face data set by its name, as user/name or user/name@config"
+    )
+    split: str | None = Field(
+        None, description="sub-folder, prefix of the shards' names, or split of a data set, such as train"
+    )
 
 
 class SourceConfig(PlaceConfig):

@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,3 +98,57 @@ def classes(tmp_path: Path, encoded: Callable) -> Callable[..., Source]:
         return open_source(root)
 
     return make
+
+
+@pytest.fixture
+def listing(photos: Path) -> Callable[..., str]:
+    """``listing(text, name)``: a list file beside the photos, by default of all six with the numbers 0 and 1 as labels."""
+    everything = "path,label\ncat/1.png,0\ncat/deep/2.jpg,0\ndog/10.webp,1\ndog/3.PNG,1\ndog/9.bmp,1\ndog/z.tiff,1\n"
+
+    def write(text: str | bytes = everything, name: str = "list.csv") -> str:
+        (photos / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(photos / name)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def rows(encoded: Callable, label_of: Callable) -> Callable[..., Any]:
+    """``rows(num)``: a Hugging Face data set of ``num`` pictures, labels of four named classes, and a text."""
+
+    def make(num: int = 40, *, first: int = 0) -> Any:
+        import datasets
+
+        numbers = range(first, first + num)
+        kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcd")), "text": datasets.Value("string")}
+        columns = {
+            "image": [{"bytes": encoded(number), "path": None} for number in numbers],
+            "label": [label_of(number) for number in numbers],
+            "text": [str(number) for number in numbers],
+        }
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+    return make
+
+
+@pytest.fixture
+def saved(rows: Callable, tmp_path: Path) -> Callable[..., str]:
+    """``saved(data)``: a folder it was saved to, by default forty rows."""
+
+    def save(data: Any = None, name: str = "saved") -> str:
+        (rows() if data is None else data).save_to_disk(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.fixture
+def parquet(rows: Callable, tmp_path: Path) -> Callable[..., str]:
+    """``parquet(name, num=24, first=0)``: a parquet file of these rows, ten in a row group."""
+
+    def write(name: str = "p.parquet", *, num: int = 24, first: int = 0) -> str:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        rows(num, first=first).to_parquet(tmp_path / name, batch_size=10)
+        return str(tmp_path / name)
+
+    return write

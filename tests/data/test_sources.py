@@ -33,9 +33,14 @@ def check_contract(source: Source) -> None:
     assert pickle.loads(packed).read(some) == source.read(some)
 
 
-@pytest.mark.parametrize("kind", ["shards", "folder", "subset", "renumbered"])
-def test_contract(kind: str, shards: Path, photos: Path, classes: Callable) -> None:
+@pytest.mark.parametrize("kind", ["shards", "folder", "list", "parquet", "hub", "subset", "renumbered"])
+def test_contract(
+    kind: str, shards: Path, photos: Path, classes: Callable, listing: Callable, parquet: Callable, saved: Callable
+) -> None:
     source = {
+        "list": lambda: open_source(listing()),
+        "parquet": lambda: open_source([parquet("a/p.parquet"), parquet("b/p.parquet", num=7, first=24)]),
+        "hub": lambda: open_source(saved()),
         "folder": lambda: open_source(photos),
         "shards": lambda: open_source(shards),
         "subset": lambda: Subset(open_source(shards), [99, 3, 40, 41]),
@@ -43,6 +48,17 @@ def test_contract(kind: str, shards: Path, photos: Path, classes: Callable) -> N
     }[kind]()
     check_contract(source)
     assert source.ignored == (2 if kind == "folder" else 0)
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "parquet", "hub"])
+def test_images_beyond_all_measure(
+    kind: str, photos: Path, listing: Callable, parquet: Callable, saved: Callable, encoded: Callable, monkeypatch
+) -> None:
+    monkeypatch.setattr(sources.base, "MAX_BYTES", len(encoded(1)) - 1)
+    source = open_source({"folder": lambda: photos, "list": listing, "parquet": parquet, "hub": saved}[kind]())
+    raw = source.read([1 if kind in ("parquet", "hub") else 0])[0]
+    assert not raw.image and not raw.passing
+    assert raw.problem == f"{raw.where}: has {len(encoded(1)):,} bytes, more than {len(encoded(1)) - 1:,}; take it out"
 
 
 def test_a_fingerprint_is_of_the_samples_and_their_order(shards: Path, photos: Path, tmp_path: Path, encoded: Callable) -> None:
@@ -194,7 +210,7 @@ def test_split_picks_shards_or_a_sub_folder(shards: Path, photos: Path, write_ta
     assert open_source(shards, split="train").num_samples == 100
     assert open_source(shards, split="test").read([0])[0].key == "test-000.tar/t"
     assert open_source(photos, split="cat").num_samples == 2
-    with pytest.raises(DataError, match=r"no folder 'val' and no shards val-\*\.tar \(it holds test-000\.tar, "):
+    with pytest.raises(DataError, match=r"no folder 'val' and no shards val-\*\.tar or val-\*\.parquet \(it holds test-"):
         open_source(shards, split="val")
     with pytest.raises(ConfigError, match=r"split 'test' is looked up in a folder"):
         open_source(f"{shards}/*.tar", split="test")
@@ -207,7 +223,7 @@ def test_demo_is_rendered_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rendered == [(shards, None)]
     with pytest.raises(DataError, match=r"no shards test-"):
         open_source(shards, kind="demo", split="test")
-    with pytest.raises(ConfigError, match=r"one folder"):
+    with pytest.raises(ConfigError, match=r"kind=demo opens one path, and there are 1; name one"):
         open_source([str(shards)], kind="demo")
 
 

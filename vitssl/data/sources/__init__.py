@@ -1,11 +1,12 @@
-"""Where images come from: tar shards, a folder of images, the demo, or a choice of samples of any of them.
+"""Where images come from: tar shards, a folder, a list, parquet files, a Hugging Face data set, the demo, or a choice of these.
 
 All keep the contract of :class:`Source`. Adding a source is one file here and one line in :func:`open_source`.
 """
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,8 @@ from vitssl.data import demo
 from vitssl.data.sources.base import Raw, Source
 from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.joined import Joined
-from vitssl.data.sources.patterns import find_shards, is_shard, shards_of_url
+from vitssl.data.sources.listing import LISTS, ListSource
+from vitssl.data.sources.patterns import PARQUET, TAR, Form, find_shards, is_saved, is_shard, shards_of_url
 from vitssl.data.sources.shards import ShardSource
 from vitssl.data.sources.subset import Subset, label_like, take_labelled
 from vitssl.data.stores import USUAL, Access, is_url, parted, shown
@@ -23,6 +25,7 @@ from vitssl.errors import ConfigError, DataError
 __all__ = [
     "FolderSource",
     "Joined",
+    "ListSource",
     "Raw",
     "ShardSource",
     "Source",
@@ -33,7 +36,7 @@ __all__ = [
     "take_labelled",
 ]
 
-Kind = Literal["auto", "shards", "folder", "demo"]
+Kind = Literal["auto", "shards", "folder", "list", "parquet", "hub", "demo"]
 
 
 def open_source(
@@ -46,41 +49,74 @@ def open_source(
 ) -> Source:
     """Open what the user named.
 
-    ``auto``: a folder that holds tars, a pattern, urls or a list are shards, any other folder is one of images. ``split``
-    picks the sub-folder ``<split>/`` or the shards ``<split>-*.tar`` of a folder. ``demo`` renders the demo set into ``path``
-    once and opens its ``train`` (default) or ``test`` split. ``progress(done, all)`` counts shards indexed (demo: also images
-    drawn). Raises ConfigError, and DataError where something is missing, empty or damaged.
+    ``auto``: a pattern, urls or a list are shards, or parquet files if they end so; a .txt, .csv or .tsv is a file list; a
+    folder is what ``save_to_disk`` wrote, else its tars, else its parquet files, else one of images. ``hub`` is what the
+    ``datasets`` library loads by its name. ``split`` picks the sub-folder ``<split>/`` or the shards ``<split>-*`` of a folder,
+    or the split of a data set. ``demo`` renders the demo set into ``path`` once and opens its ``train`` (default) or ``test``
+    split. ``progress(done, all)`` counts shards indexed (demo: also images drawn). Raises ConfigError, and DataError where
+    something is missing, empty or damaged.
     """
     path = [_at_home(each) for each in path] if isinstance(path, list | tuple) else _at_home(path)
+    if kind in ("demo", "list", "hub") and not isinstance(path, str):
+        raise ConfigError(f"kind={kind} opens one path, and there are {len(path)}; name one, or mix them with data.sources")
     if kind == "demo":
-        if not isinstance(path, str):
-            raise ConfigError(f"the demo is rendered into one folder, but the path lists {len(path)}; name one folder")
         demo.render(Path(path), progress=progress)
         split = split or "train"
-    if split is not None:
-        path = _split(path, split, access)
+    if kind == "auto" and isinstance(path, str) and is_saved(path):
+        kind = "hub"
+    if split is not None and kind != "hub":
+        path, split = _split(path, split, kind, access), None
     if kind == "auto":
         kind = _kind(path)
-    return FolderSource(path) if kind == "folder" else ShardSource(path, access=access, progress=progress)
+    if kind == "folder":
+        return FolderSource(path)
+    if kind == "list":
+        return ListSource(path)
+    if kind == "parquet":
+        with _installed(kind):
+            from vitssl.data.sources.parquet import ParquetSource
+        return ParquetSource(path, progress=progress)
+    if kind == "hub":
+        with _installed(kind):
+            from vitssl.data.sources.hub import HubSource
+        return HubSource(path, split=split)
+    return ShardSource(path, access=access, progress=progress)
 
 
 def _at_home(path: str | os.PathLike) -> str:
     return os.path.expanduser(os.fspath(path))
 
 
-def _kind(path: str | list[str]) -> Literal["shards", "folder"]:
-    if not (isinstance(path, str) and os.path.isdir(path)):
-        return "shards"
+@contextmanager
+def _installed(kind: str) -> Iterator[None]:
+    """Around the import of a source that needs more than the library does."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"kind={kind} needs {error.name}, which is not installed; pip install 'vitssl[hub]'") from None
+
+
+def _kind(path: str | list[str]) -> Kind:
+    if not isinstance(path, str):
+        return "parquet" if path and all(is_shard(each, PARQUET) for each in path) else "shards"
+    if is_url(path) or not os.path.isdir(path):
+        if os.path.isfile(path) and path.lower().endswith(LISTS):
+            return "list"
+        return "parquet" if is_shard(path, PARQUET) else "shards"
+    if is_saved(path):
+        return "hub"
     files = [os.path.join(path, name) for name in os.listdir(path) if not name.startswith(".")]
-    if not any(is_shard(os.path.basename(file)) for file in files):
+    held = next((form for form in (TAR, PARQUET) if any(is_shard(file, form) for file in files)), None)
+    if held is None:
         return "folder"
+    kind = "shards" if held is TAR else "parquet"
     inside = itertools.chain.from_iterable(os.listdir(file) for file in files if os.path.isdir(file))
     if any(name.rpartition(".")[2].lower() in IMAGES for name in itertools.chain(files, inside)):
-        raise ConfigError(f"{path}: holds tar shards and images; say which are meant with kind=shards or kind=folder")
-    return "shards"
+        raise ConfigError(f"{path}: holds {held.several} and images; say which are meant with kind={kind} or kind=folder")
+    return kind
 
 
-def _split(path: str | list[str], split: str, access: Access) -> str | list[str]:
+def _split(path: str | list[str], split: str, kind: Kind, access: Access) -> str | list[str]:
     """The sub-folder of a split, or its shards."""
     if isinstance(path, str) and is_url(path):
         found = shards_of_url(path, access)
@@ -92,8 +128,10 @@ def _split(path: str | list[str], split: str, access: Access) -> str | list[str]
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     if split in names and os.path.isdir(os.path.join(path, split)):
         return os.path.join(path, split)
-    shards = [os.path.join(path, name) for name in names if is_shard(name) and name.startswith(f"{split}-")]
-    if not shards:
-        found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
-        raise DataError(f"{path}: has no folder {split!r} and no shards {split}-*.tar (it holds {found}); correct it")
-    return shards
+    forms: tuple[Form, ...] = {"auto": (TAR, PARQUET), "parquet": (PARQUET,)}.get(kind, (TAR,))
+    for form in forms:
+        if shards := [name for name in names if is_shard(name, form) and name.startswith(f"{split}-")]:
+            return [os.path.join(path, name) for name in shards]
+    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+    wanted = " or ".join(f"{split}-*{form.suffixes[0]}" for form in forms)
+    raise DataError(f"{path}: has no folder {split!r} and no shards {wanted} (it holds {found}); correct it")
