@@ -127,3 +127,17 @@ def test_alike_finds_every_pair_of_few_bits() -> None:
         if (int(bits, 16) ^ int(others, 16)).bit_count() <= 3
     ]
     assert list(packing._alike(hashes)) == expected and len(expected) == 20
+
+
+def test_what_has_no_telling_name_is_packed_by_what_it_is(photos: Path, tmp_path: Path, encoded: Callable) -> None:
+    (photos / "first").write_bytes((photos / "a/04.jpg").read_bytes())
+    (photos / "second").write_bytes(encoded(1))
+    (photos / "third").write_bytes(encoded(2, format="WEBP"))
+    (photos / "fourth").write_bytes(b"nothing")
+    (photos / "list.txt").write_text("first\nsecond\nthird\nfourth\n")
+    source = open_source(photos / "list.txt")
+    assert pack(source, tmp_path / "out", PackConfig(shuffle=False))["bad"] == 1
+    raws = open_source(tmp_path / "out").read(range(3))
+    assert [raw.where.split(" (byte")[0].rpartition(".")[2] for raw in raws] == ["jpg", "png", "webp"]
+    (row,) = (tmp_path / "out/train.bad.jsonl").read_text().splitlines()
+    assert json.loads(row)["reason"] == f"{photos}/fourth: is no image of a known format; replace it or take it out"

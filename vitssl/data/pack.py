@@ -25,6 +25,7 @@ from vitssl.data.index import build_index
 from vitssl.data.manifest import index_shards
 from vitssl.data.pool import side_by_side
 from vitssl.data.sources import Raw, Source
+from vitssl.data.tarscan import IMAGES
 from vitssl.data.tarwrite import write_shard
 from vitssl.errors import ConfigError, DataError
 from vitssl.views import purpose
@@ -166,6 +167,7 @@ def _shrunk(raw: Raw, config: PackConfig) -> tuple[str, bytes, transforms.Pixels
     if raw.problem:
         raise DataError(raw.problem)
     extension = raw.where.split(" (byte")[0].rpartition(".")[2].lower()
+    extension = extension if extension in IMAGES else transforms.extension(raw)  # a row of a table, a name that says nothing
     if config.short_side is None and config.max_side is None:
         return extension, raw.image, None
     pixels = transforms.decode(raw)

@@ -70,6 +70,15 @@ def decode(raw: Raw, channels: int = 3, *, exif: bool = False, max_pixels: int =
         raise DataError(f"{raw.where}: does not decode ({reason}); replace it or take it out") from None
 
 
+def extension(raw: Raw) -> str:
+    """How a file with these bytes would end. Raises DataError where they are no image."""
+    try:
+        with Image.open(io.BytesIO(raw.image), formats=_FORMATS) as image:
+            return {"JPEG": "jpg", "MPO": "jpg"}.get(image.format, image.format.lower())
+    except Exception:  # as above
+        raise DataError(f"{raw.where}: is no image of a known format; replace it or take it out") from None
+
+
 def _decode_jpeg(content: bytes, max_pixels: int) -> Pixels | None:
     """The common case, a third faster than by PIL; None for what PIL is to judge: other colours, and anything odd."""
     try:
