@@ -6,10 +6,11 @@ shards' sidecars (:mod:`vitssl.data.index`), which are built where there are non
 believed, or a hundred thousand questions would come before the first image; reading one that has another size says so.
 """
 
+import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitssl.data import remote
+from vitssl.data.counts import counts_beside
 from vitssl.data.index import ShardIndex, build_index, cached, load_index, replace_file
 from vitssl.data.pool import side_by_side
 from vitssl.data.stores import USUAL, Access, is_url, parted, shown
@@ -26,6 +28,7 @@ from vitssl.errors import ConfigError, DataError
 
 VERSION = 1
 NAME = "vitssl.manifest"
+_COUNTED = "counted"  # begins the identity of a shard of which only the number of samples is known
 _COUNTS = [(name, "<i8") for name in ("size", "mtime", "samples", "unlabelled", "ignored")]
 
 
@@ -48,11 +51,15 @@ class Manifest:
         if number in self.kept:
             return self.kept[number]
         shard, identity = self.shards[number], self.rows["identity"][number].decode()
+        if counted := identity.startswith(_COUNTED):
+            identity = None
         found = load_index(shard, identity=identity, access=self.access)
         if found is None and is_url(shard):  # the manifest came with the data, the sidecar did not
             found = build_index(shard, self.access)
-            if found.identity != identity:
+            if not counted and found.identity != identity:
                 raise DataError(f"{shown(shard)}: changed since it was indexed; run  vitssl index  again")
+        if counted and found is not None and found.num_samples != (said := int(self.rows["samples"][number])):
+            raise DataError(f"{shown(shard)}: holds {found.num_samples:,} samples, {said:,} were counted; correct the count")
         if found is None:
             raise DataError(f"{shard}: its index changed while in use; leave the shards alone and start again")
         return found
@@ -65,13 +72,15 @@ def index_shards(
     progress: Callable[[int, int], None] | None = None,
     processes: int | None = None,
     fresh: bool = False,
+    counts: Mapping[str, int] | None = None,
 ) -> Manifest:
     """The manifest of a list of shards; indexes that are missing or stale are built, with ``processes`` side by side.
 
     ``progress(shards done, shards in all)`` is called as they finish; ``processes`` defaults to one per CPU, at most 16.
-    ``fresh`` looks at remote shards again instead of believing their manifest. Raises DataError naming the shard: missing,
-    empty, truncated, compressed, damaged, a sample without an image, a bad label; ConfigError where more bytes would have to
-    come over the network than ``access.index_budget``.
+    ``fresh`` looks at remote shards again instead of believing their manifest; ``counts`` of samples, or a ``sizes.json``
+    beside them, spare remote shards the indexing until they are read. Raises DataError naming the shard: missing, empty,
+    truncated, compressed, damaged, a sample without an image, a bad label; ConfigError where more bytes would have to come over
+    the network than ``access.index_budget``.
     """
     shards = list(shards)
     folders: dict[str, list[int]] = defaultdict(list)
@@ -86,6 +95,8 @@ def index_shards(
         if not (fresh and is_url(folder)):
             _take(rows, known, np.array(numbers), read_manifest(folder, access))
     stale = np.flatnonzero(~known).tolist()
+    if not fresh:
+        stale = _counted(shards, stale, rows, counts or {}, access)
     found = _load(shards, stale, rows, access)
     missing = [number for number, index in found.items() if index is None]
     _estimate([shards[number] for number in missing], rows["size"][missing], access)
@@ -101,8 +112,9 @@ def index_shards(
         counts = (index.num_samples, index.num_unlabelled, index.ignored)
         rows["identity"][number] = index.identity.encode()
         rows["samples"][number], rows["unlabelled"][number], rows["ignored"][number] = counts
-    for folder in {parted(shards[number])[0] for number in stale}:
-        _merge(folder, rows[folders[folder]], access)
+    for folder in {parted(shards[number])[0] for number in found}:
+        mine = rows[folders[folder]]
+        _merge(folder, mine[~np.char.startswith(mine["identity"], _COUNTED.encode())], access)
     return Manifest(shards, rows, access, {number: index for number, index in found.items() if index.sidecar is None})
 
 
@@ -118,6 +130,28 @@ def _load(shards: list[str], numbers: list[int], rows: NDArray, access: Access) 
         return {number: ask(number) for number in numbers}
     with ThreadPoolExecutor(32) as pool:
         return dict(zip(numbers, pool.map(ask, numbers), strict=True))
+
+
+def _counted(shards: list[str], stale: list[int], rows: NDArray, counts: Mapping[str, int], access: Access) -> list[int]:
+    """Fill the rows of remote shards whose samples somebody counted; returns the others. Their labels are not known.
+
+    The sizes of some are asked for, which is enough for a mean; that of the others stays below 0.
+    """
+    far = [number for number in stale if is_url(shards[number]) and not shards[number].startswith("pipe:")]
+    known = {number: counts[shards[number]] for number in far if shards[number] in counts}
+    for folder in {parted(shards[number])[0] for number in far if number not in known}:
+        beside = counts_beside(folder, access)
+        for number in far:
+            place, name = parted(shards[number])
+            if place == folder and name in beside:
+                known.setdefault(number, beside[name])
+    for number, count in known.items():
+        rows["samples"][number] = rows["unlabelled"][number] = count
+        name = f"{shards[number]} {count}".encode("utf-8", "surrogateescape")
+        rows["identity"][number] = f"{_COUNTED}-{hashlib.blake2b(name, digest_size=16).hexdigest()}".encode()
+    for number in list(known)[:: -(-len(known) // 64)] if known else ():
+        rows["size"][number] = remote.stat(shards[number], access).size
+    return [number for number in stale if number not in known]
 
 
 def _estimate(missing: list[str], sizes: NDArray, access: Access) -> None:

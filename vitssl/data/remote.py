@@ -44,7 +44,7 @@ def ends(shard: str, length: int, access: Access) -> tuple[int, bytes, bytes]:
         return found.size, first, file.read(found.size - last)
 
 
-def read(shard: str, offset: int, length: int, size: int, access: Access) -> bytes:
+def read(shard: str, offset: int, length: int, size: int | None, access: Access) -> bytes:
     """A range of a remote shard of this size, through the cache where the user named one. Raises DataError, Unreachable."""
     cache, key = disk_cache(access), f"{shard} {size} {offset} {length}"
     try:

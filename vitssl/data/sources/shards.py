@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vitssl.data import remote
 from vitssl.data.buffer import ChunkBuffer
+from vitssl.data.counts import read_wids
 from vitssl.data.index import ShardIndex
 from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
@@ -45,10 +46,11 @@ class ShardSource:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.name = shortened(path)
-        shards = find_shards(path, access)
+        counts = read_wids(path, access) if isinstance(path, str) and path.lower().endswith(".json") else {}
+        shards = find_shards(list(counts) or path, access)
         if len({is_url(shard) for shard in shards}) > 1:
             raise ConfigError(f"{self.name}: some shards are local and some are not; name them apart, in data.sources")
-        self.manifest = index_shards(shards, access=access, progress=progress)
+        self.manifest = index_shards(shards, access=access, progress=progress, counts=counts)
         rows = self.manifest.rows
         counts = rows["samples"]
         self.num_samples, self.ignored = int(counts.sum()), int(rows["ignored"].sum())
@@ -57,7 +59,8 @@ class ShardSource:
         self.labels = self.num_unlabelled == 0
         self.classes = self._class_names() if self.labels else None
         self.by_chunk = is_url(self.manifest.shards[0])
-        self.mean_bytes = int(rows["size"].sum()) // self.num_samples
+        sized = rows["size"] > 0
+        self.mean_bytes = int(rows["size"][sized].sum()) // max(1, int(counts[sized].sum()))
         self.chunks = cut(counts, default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
         self._starts, self._chunk_starts = np.cumsum(counts) - counts, np.cumsum(self.chunks) - self.chunks
         self._buffer, self._lock = ChunkBuffer(self._fetch, size=_bytes), (-1, None)
@@ -134,6 +137,7 @@ class ShardSource:
             return []
         start, stop = int(records["offset"].min()), int((records["offset"] + records["length"]).max())
         shard, size = self.manifest.shards[number], int(self.manifest.rows["size"][number])
+        size = size if size >= 0 else None
         spans = [(start, stop - start)]
         if stop - start > 2 * int(records["length"].sum()) + (1 << 20):
             spans = [(int(record["offset"]), int(record["length"])) for record in records]

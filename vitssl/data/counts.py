@@ -1,0 +1,57 @@
+"""How many samples each shard holds, from those who know already: a ``wids`` index, or a user's own ``sizes.json``.
+
+With counts a run on remote shards begins at once: what lies where in a shard is found out, and its count checked, when its
+first sample is read.
+"""
+
+import json
+import os
+from typing import Any
+
+from vitssl.data import remote
+from vitssl.data.stores import Access, is_url, parted, shown
+from vitssl.errors import DataError
+
+SIZES = "sizes.json"
+
+
+def read_wids(path: str, access: Access) -> dict[str, int]:
+    """{shard: samples}, in order, of a wids index: ``{"shardlist": [{"url": ..., "nsamples": ...}, ...]}``.
+
+    Relative addresses begin where the index lies. Raises DataError for a file that is none.
+    """
+    try:
+        content = remote.small_file(path, access) if is_url(path) else _local(path)
+        listed = [(each["url"], each["nsamples"]) for each in json.loads(content or b"")["shardlist"]]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
+    except (ValueError, KeyError, TypeError):
+        what = "is no wids index, which is JSON with a shardlist of url and nsamples"
+        raise DataError(f"{shown(path)}: {what}; name shards, or write it again") from None
+    if not listed or not all(isinstance(url, str) and _is_count(count) for url, count in listed):
+        raise DataError(
+            f"{shown(path)}: its shardlist is empty, or holds a url that is no text or an nsamples that is no count"
+        )
+    folder = parted(path)[0]
+    return {url if is_url(url) or os.path.isabs(url) or not folder else f"{folder}/{url}": count for url, count in listed}
+
+
+def counts_beside(folder: str, access: Access) -> dict[str, int]:
+    """{file name: samples} of the ``sizes.json`` of a remote folder; nothing where there is none."""
+    content = remote.small_file(f"{folder}/{SIZES}", access)
+    try:
+        found = json.loads(content) if content else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(map(_is_count, found.values())):
+        raise DataError(f"{shown(folder)}/{SIZES}: is not JSON of file names and counts; correct it or take it away")
+    return found
+
+
+def _local(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
