@@ -141,9 +141,10 @@ def program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
     except UserError as error:
         message = str(error)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = error.filename or "the run's folder"
-            message = f"no space left on the device while writing {where}; free some and run the same command to go on"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where, what = error.filename or "the run's folder", "no space left on the device"
+            what = error.strerror.lower() if error.errno == errno.EFBIG else what
+            message = f"{what} while writing {where}; free some and run the same command to go on"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and error.filename:
             message = f"{error.filename}: {error.strerror}; name a path that can be used, or mend its permissions"
         else:

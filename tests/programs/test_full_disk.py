@@ -55,10 +55,15 @@ def test_an_export_that_cannot_be_written(pretrain: Callable, tmp_path: Path) ->
     assert "from step 10" in again.out and (run.folder / "export/encoder.safetensors").exists()
 
 
-@pytest.mark.parametrize("limit", [3_000, 90_000, 130_000])
+@pytest.mark.parametrize("limit", [9_000, 90_000, 130_000])
 def test_a_file_that_may_not_grow(pretrain: Callable, tmp_path: Path, limit: int) -> None:
     """Where no disk can be filled, a limit on the size of files stops a write half-way."""
     trap = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}))"
     run = pretrain(tmp_path / "run", "heldout.pictures=0", trap=trap)
     refused(run, "could not be written: ", "no earlier checkpoint exists")
     assert not list((run.folder / "checkpoints").iterdir())
+
+
+def test_not_even_the_config_fits(pretrain: Callable, tmp_path: Path) -> None:
+    trap = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))"
+    refused(pretrain(tmp_path / "run", trap=trap), "file too large while writing", "free some and run the same command")
