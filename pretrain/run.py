@@ -15,7 +15,7 @@ from vitssl.models.encoder import Encoder
 from vitssl.models.plain import PlainMAE
 from vitssl.objectives.mixture import Mixture
 from vitssl.report import Report
-from vitssl.train.bench import bench_step
+from vitssl.train.bench import bench_step, step_rate
 from vitssl.train.export import encoder_facts, fill_encoder, read_facts, write_export
 from vitssl.train.folder import run_folder
 from vitssl.train.launch import choose_device
@@ -47,7 +47,7 @@ def run(config: PretrainConfig, command: Command) -> int:
     if command.flags.get("--bench") == "data":
         source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
         options = {"channels": config.encoder.channels, "device": choose_device(config.launch)}
-        bench_data(source, config.data, outline(build).views, **options, report=report)
+        bench_data(source, config.data, outline(build).views, **options, report=report, step_rate=step_rate(config, build_task))
     elif "--bench" in command.flags:
         bench_step(config, build_task, plain_mae, report)
     elif "--plan" in command.flags:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vitssl.config import build
-from vitssl.data.bench import bench_data
+from vitssl.data.bench import advice, bench_data
 from vitssl.data.sources import open_source
 from vitssl.report import Report
 from vitssl.sections import DataConfig
@@ -24,13 +24,30 @@ def test_every_pipeline_is_measured(shards: Path, photos: Path, capsys: pytest.C
     starts = {"resume_at", "start_s", "resume_s", *(["skip_s"] if kind == "shards" else [])}
     assert (
         set(row)
-        == {"ours_per_core", "read", "decode", "views", "workers", "with_workers"}
+        == {"ours_per_core", "read", "decode", "views", "transfer", "short_side", "workers", "with_workers"}
         | {f"{name}_per_core" for name in names}
         | {f"times_{name}" for name in names}
         | starts
     )
     assert row["resume_at"] == 64 and all(row[name] > 0 for name in starts)
     assert all(row[f"{name}_per_core"] > 0 and row[f"times_{name}"] > 0 for name in names) and row["with_workers"] > 0
-    assert row["read"] + row["decode"] + row["views"] == pytest.approx(1, abs=0.01)
+    assert row["read"] + row["decode"] + row["views"] + row["transfer"] == pytest.approx(1, abs=0.01)
     shown = capsys.readouterr().out.splitlines()
     assert json.loads(shown[-1]) == row and f"{len(views)} views" in shown[0]
+
+
+ADVICE = {
+    "enough": (600.0, 256, "feeds the step (500 images/s) 1.2 times over: nothing to do"),
+    "large photographs": (
+        305.0, 500, "feeds 61% of the step (500 images/s): 2 more cores (data.workers=4), or 256-px shards"
+        " (vitssl pack --short-side 256), or data.repeats=2",
+    ),
+    "small pictures": (90.0, 256, "feeds 18% of the step (500 images/s): 5 more cores (data.workers=7), or data.repeats=6"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADVICE)
+def test_advice(case: str) -> None:
+    feed, side, words = ADVICE[case]
+    row = {"with_workers": feed, "step_rate": 500.0, "ours_per_core": 100.0, "workers": 2, "short_side": side}
+    assert advice(row) == words

@@ -9,12 +9,14 @@ import copy
 import io
 import itertools
 import json
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,8 +43,12 @@ def bench_data(
     device: str,
     report: Report,
     seconds: float = 4.0,
+    step_rate: float | None = None,
 ) -> dict[str, Any]:
-    """Measure, print and return images/s per core of each pipeline, the parts of ours, and its rate with loader processes."""
+    """Measure, print and return images/s per core of each pipeline, the parts of ours, and its rate with loader processes.
+
+    ``step_rate`` is how many images/s training takes where data cost nothing: with it, advice is given.
+    """
     views = tuple(views)
     lanes = choose_lanes(source, config)
     samples = training_samples(source, config, views, seed=0, lanes=lanes, channels=channels)
@@ -59,7 +65,7 @@ def bench_data(
         for _ in range(ROUNDS):
             for name, make in makers.items():
                 rates[name].append(_rate(make(), seconds))
-        parts = _parts(samples, seconds)
+        parts = _parts(samples, device, seconds)
         starts = _starts(samples, source, config, views)
     finally:
         torch.set_num_threads(threads)
@@ -69,6 +75,7 @@ def bench_data(
     workers = choose_workers(config, device=device)
     feed = batches(samples, start=0, stop=None, batch_size=BATCH, micro_batch=BATCH, workers=workers)
     row |= {"workers": workers, "with_workers": round(_rate((len(batch) for batch in feed), seconds), 1)}
+    row |= {"step_rate": round(step_rate, 1)} if step_rate else {}
     _tell(row, source, views, report)
     return row
 
@@ -82,12 +89,30 @@ def _tell(row: dict[str, Any], source: Source, views: tuple[View, ...], report: 
         f"{source.num_samples:,} images of {source.name}, {len(views)} views ({sizes})",
         [
             ("a core", f"{row['ours_per_core']:,.0f} images/s, {beside}"),
-            ("of it", f"reading {row['read']:.0%}, decoding {row['decode']:.0%}, crop, resize and flip {row['views']:.0%}"),
+            (
+                "of it",
+                f"reading {row['read']:.0%}, decoding {row['decode']:.0%}, crop, resize and flip {row['views']:.0%},"
+                f" transfer {row['transfer']:.0%}",
+            ),
             ("together", f"{row['with_workers']:,.0f} images/s, {cores}"),
             ("first batch", _in_words(row)),
+            *([("advice", advice(row))] if "step_rate" in row else []),
         ],
     )
     report.say(json.dumps(row))
+
+
+def advice(row: dict[str, Any]) -> str:
+    """What a measured row says about feeding the step, and what would help."""
+    feed, step = row["with_workers"], row["step_rate"]
+    if feed >= step:
+        return f"feeds the step ({step:,.0f} images/s) {feed / step:.1f} times over: nothing to do"
+    cores = math.ceil((step - feed) / row["ours_per_core"])
+    smaller = "256-px shards (vitssl pack --short-side 256), or " if row["short_side"] > 320 else ""
+    return (
+        f"feeds {feed / step:.0%} of the step ({step:,.0f} images/s): {cores} more cores"
+        f" (data.workers={row['workers'] + cores}), or {smaller}data.repeats={math.ceil(step / feed)}"
+    )
 
 
 def _in_words(row: dict[str, Any]) -> str:
@@ -176,22 +201,30 @@ def _webdataset(source: ShardSource, config: DataConfig, views: tuple[View, ...]
         yield len(batch[0])
 
 
-def _parts(samples: Samples, seconds: float) -> dict[str, float]:
-    """Shares of the time that reading, decoding and making the views take."""
-    spent = {"read": 0.0, "decode": 0.0, "views": 0.0}
+def _parts(samples: Samples, device: str, seconds: float) -> dict[str, float]:
+    """Shares of the time that reading, decoding, making views and moving them to the device take; the median short side."""
+    spent, sides = {"read": 0.0, "decode": 0.0, "views": 0.0, "transfer": 0.0}, []
     for positions in _positions():
         marks = [time.perf_counter()]
         raws = samples.source.read(samples.order.locate(positions))
         marks.append(time.perf_counter())
         images = [transforms.decode(raw, samples.channels) for raw in raws]
         marks.append(time.perf_counter())
+        views = []
         for view in samples.views:
             numbers = transforms.draw_numbers(view, seed=samples.seed, positions=positions).tolist()
-            for image, row in zip(images, numbers, strict=True):
-                transforms.show(image, view, row)
+            shown = [transforms.show(image, view, row) for image, row in zip(images, numbers, strict=True)]
+            views.append(torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).contiguous())
         marks.append(time.perf_counter())
+        for view in views:
+            view.to(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+        sides += [min(image.shape[:2]) for image in images]
         for name, start, end in zip(spent, marks, marks[1:]):
             spent[name] += end - start
         if (total := sum(spent.values())) > seconds:
-            return {name: round(part / total, 3) for name, part in spent.items()}
+            shares = {name: round(part / total, 3) for name, part in spent.items()}
+            return shares | {"short_side": statistics.median(sides)}
     raise AssertionError("positions never end")

@@ -52,6 +52,14 @@ def bench_step(
     return rows
 
 
+def step_rate(config: ProgramConfig, build: Callable[[ProgramConfig], Task]) -> float:
+    """Images/s that one process trains on where data cost nothing: in micro-batches of what fits, on a CPU of at most 16."""
+    micro_batch, _ = batch_split(config, outline(lambda: build(config)))
+    size = min(micro_batch, 16) if choose_device(config.launch) == "cpu" else micro_batch
+    found = _alone(_measure, config.model_copy(update={"batch_size": size, "micro_batch": size}), build, None)
+    return size / statistics.median(found["seconds"])
+
+
 def _row(precision: str, batch_size: int, ours: list, theirs: list) -> dict[str, Any]:
     seconds = [statistics.median(time for run in side for time in run["seconds"]) for side in (ours, theirs)]
     memory = [statistics.median(run["peak_bytes"] for run in side) / 2**30 for side in (ours, theirs)]

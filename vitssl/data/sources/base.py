@@ -46,6 +46,11 @@ def fingerprint(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()
 
 
+def printable(name: str) -> str:
+    """A name for people and terminals: what is no character to be seen is written as its escape."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
+
+
 def too_large(where: str, size: int) -> str:
     """The problem of an encoded image of ``size`` bytes; empty where it is none."""
     return f"{where}: has {size:,} bytes, more than {MAX_BYTES:,}; take it out" if size > MAX_BYTES else ""
@@ -53,9 +58,9 @@ def too_large(where: str, size: int) -> str:
 
 def read_file(path: str | os.PathLike, *, key: str, label: int | None) -> Raw:
     """The sample that is a file of its own, or its problem."""
-    where = os.fspath(path)
+    where = printable(os.fspath(path))
     try:
-        with open(where, "rb") as file:
+        with open(path, "rb") as file:
             if problem := too_large(where, os.fstat(file.fileno()).st_size):
                 return Raw(key, b"", label, where, problem)
             return Raw(key=key, image=file.read(), label=label, where=where)

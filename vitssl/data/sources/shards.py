@@ -20,7 +20,7 @@ from vitssl.data.counts import read_wids
 from vitssl.data.index import ShardIndex
 from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
-from vitssl.data.sources.base import DEFAULT_MEMORY, MAX_BYTES, Ahead, Raw, cut, fingerprint
+from vitssl.data.sources.base import DEFAULT_MEMORY, MAX_BYTES, Ahead, Raw, cut, fingerprint, printable
 from vitssl.data.sources.patterns import find_shards, shortened
 from vitssl.data.stores import USUAL, Access, Unreachable, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
@@ -106,7 +106,7 @@ class ShardSource:
             shard = self._index(number)
             key, offset, length, label, extension = shard.records[place].tolist()
             key, label = key.decode("utf-8", "replace"), label if label >= 0 else None
-            where = f"{shown(shard.shard)}: {key}.{extension.decode()} (byte {offset:,})"
+            where = f"{shown(shard.shard)}: {printable(key)}.{extension.decode()} (byte {offset:,})"
             if length > MAX_BYTES:
                 raise DataError(f"has {length:,} bytes, more than {MAX_BYTES:,}; take it out")
             if self.by_chunk:
