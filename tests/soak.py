@@ -2,7 +2,7 @@
 
 Loader processes read shards from a web server that is busy, stalls and cuts bodies, through a small disk cache, with repeats
 and with images that do not decode; beside it a folder of local shards is evaluated again and again. Every half a minute the
-private memory and the open files of all processes are noted. It fails where the last quarter needs more than the second.
+memory and the open files of all processes are noted. It fails where the last quarter needs more than the second.
 """
 
 import argparse
@@ -64,10 +64,10 @@ def serve(folder: Path, port: Connection) -> None:
                 del server.requests[:], server.authorizations[:]
 
 
-def private(pid: int) -> int:
-    """Bytes that no other process shares."""
+def proportional(pid: int) -> int:
+    """Bytes of a process, what it shares with others divided among them: the sum is what all of them take."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def measure(server: int) -> dict[str, int]:
@@ -76,7 +76,7 @@ def measure(server: int) -> dict[str, int]:
     found = [os.getpid(), *(child for child in children if child != server)]
     return {
         "processes": len(found),
-        "memory": sum(map(private, found)),
+        "memory": sum(map(proportional, found)),
         "files": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in found),
     }
 
@@ -118,7 +118,7 @@ def soak(folder: Path, *, minutes: float, workers: int) -> int:
 
 
 def in_words(row: dict[str, int]) -> str:
-    return f"{row['processes']} processes  {row['memory'] / 2**20:7.1f} MiB private  {row['files']} open files"
+    return f"{row['processes']} processes  {row['memory'] / 2**20:7.1f} MiB  {row['files']} open files"
 
 
 def judge(rows: list[dict[str, int]], cached: int) -> int:
