@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 class WebServer(ThreadingHTTPServer):
@@ -46,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server: WebServer = self.server
-        path = self.path.partition("?")[0].lstrip("/")
+        path = urlsplit(self.path).path.lstrip("/")  # a proxy is asked for whole urls
         said = self.headers.get("Range", "")
         with server.lock:
             server.requests.append((path, said))

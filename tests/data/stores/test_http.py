@@ -179,6 +179,17 @@ def test_credentials_stay_with_their_host(server: WebServer, folder: Path) -> No
         assert "cret" not in str(raised.value) and "signature" not in str(raised.value)
 
 
+def test_the_environment_s_proxy(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    store = HttpStore(**QUICK)
+    assert store.read("http://far.invalid/a.tar", 5, 10) == CONTENT[5:15]
+    assert store.read(f"{server.url}/a.tar", 5, 10) == CONTENT[5:15]
+    monkeypatch.delenv("http_proxy")
+    with pytest.raises(Unreachable):
+        store.read("http://far.invalid/a.tar", 5, 10)
+
+
 def test_a_child_opens_its_own_connections(server: WebServer) -> None:
     store, url = HttpStore(**QUICK), f"{server.url}/a.tar"
     store.read(url, 0, 10)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3.exceptions import HTTPError
@@ -39,7 +40,7 @@ class HttpStore:
         self, *, tries: int = 6, wait: float = 0.5, timeout: float = 30.0, trusted: frozenset[str] = frozenset()
     ) -> None:
         self.tries, self.wait, self.timeout, self.trusted = tries, wait, timeout, trusted
-        self._pool: tuple[int, urllib3.PoolManager] | None = None
+        self._pools: tuple[int, dict[str, urllib3.PoolManager]] = -1, {}
 
     def stat(self, url: str) -> Stat:
         """From the answer to a request for the first byte: some servers that know ranges answer HEAD wrongly or not at all."""
@@ -152,7 +153,7 @@ class HttpStore:
         current = url
         for _ in range(_MOST_REDIRECTS + 1):
             same = _host(urlsplit(current)) == _host(origin)
-            answer = self._manager().request(
+            answer = self._manager(current).request(
                 "GET",
                 _without_credentials(current),
                 headers={"Accept-Encoding": "identity", **headers, **(credentials if same else {})},
@@ -199,14 +200,19 @@ class HttpStore:
             raise DataError(f"{shown(url)}: redirects to a private address ({shown(target)}); name the file's own address")
         return target
 
-    def _manager(self) -> urllib3.PoolManager:
-        """This process's connections: a forked child must not talk on its parent's."""
-        if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = os.getpid(), urllib3.PoolManager(maxsize=32)
-        return self._pool[1]
+    def _manager(self, url: str) -> urllib3.PoolManager:
+        """This process's connections (a forked child must not talk on its parent's), through the environment's proxy if any."""
+        if self._pools[0] != os.getpid():
+            self._pools = os.getpid(), {}
+        parts, proxies = urlsplit(url), getproxies()
+        proxy = "" if proxy_bypass(parts.hostname or "") else proxies.get(parts.scheme, "")
+        pools = self._pools[1]
+        if proxy not in pools:
+            pools[proxy] = urllib3.ProxyManager(proxy, maxsize=32) if proxy else urllib3.PoolManager(maxsize=32)
+        return pools[proxy]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_pool": None}
+        return self.__dict__ | {"_pools": (-1, {})}
 
 
 class _Busy(Exception):
