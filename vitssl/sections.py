@@ -14,6 +14,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 """A part of a whole that is not nothing."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Strength = Annotated[float, Field(ge=0.0)]
 Size = Count | tuple[Count, Count]
 
 
@@ -130,6 +131,20 @@ class CheckpointConfig(Section):
 
 class InitConfig(Section):
     resume: Path | None = Field(None, description="another run's folder to continue from, if this one has no checkpoint")
+
+
+class PhotometricConfig(Section):
+    """How colours are changed on the device, as in torchvision's ColorJitter and MoCo v3; MAE's paper leaves them alone."""
+
+    jitter: Fraction = Field(0.0, description="probability of changed brightness, contrast, saturation and hue")
+    brightness: Strength = Field(0.4, description="factor in 1 -+ this")
+    contrast: Strength = Field(0.4, description="factor in 1 -+ this")
+    saturation: Strength = Field(0.2, description="factor in 1 -+ this")
+    hue: float = Field(0.1, ge=0, le=0.5, description="turned by up to this share of a circle")
+    grey: Fraction = Field(0.0, description="probability of no colours")
+    blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
+    sigma: tuple[Positive, Positive] = Field((0.1, 2.0), description="of the blur in pixels, uniform between the two")
+    solarize: Fraction = Field(0.0, description="probability of inverting what is brighter than half")
 
 
 class ProgramConfig(Section):

@@ -36,6 +36,7 @@ class Batch:
     labels: Tensor | None = None  # [B] int64
     keys: tuple[str, ...] = ()  # of the samples that stand at the positions, also where another was served
     bad: tuple[Bad, ...] = ()
+    host: Tensor | None = None  # the positions on the CPU, where a batch is on a device
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -46,6 +47,7 @@ class Batch:
             self,
             views={view: images.to(device, non_blocking=True) for view, images in self.views.items()},
             positions=self.positions.to(device, non_blocking=True),
+            host=self.positions if self.host is None else self.host,
             labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
         )
 

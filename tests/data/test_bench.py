@@ -10,11 +10,15 @@ from vitssl.data.bench import advice, bench_data
 from vitssl.data.sources import open_source
 from vitssl.report import Report
 from vitssl.sections import DataConfig
-from vitssl.views import View
+from vitssl.views import Photometric, View
 
 
 @pytest.mark.parametrize(
-    "views", [[View((16, 16), scale=(0.2, 1.0), flip=0.5)], [View((8, 8)), View((8, 8), scale=(0.5, 1.0))]]
+    "views",
+    [
+        [View((16, 16), scale=(0.2, 1.0), flip=0.5)],
+        [View((8, 8)), View((8, 8), scale=(0.5, 1.0), photometric=Photometric(0.8, grey=0.2, blur=1.0, solarize=0.2))],
+    ],
 )
 @pytest.mark.parametrize("kind", ["shards", "folder"])
 def test_every_pipeline_is_measured(shards: Path, photos: Path, capsys: pytest.CaptureFixture, kind: str, views: list) -> None:

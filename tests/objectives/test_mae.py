@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import Encoder
+from vitssl.models.encoder import Encoder, EncoderSpec
 from vitssl.models.predictor import Decoder
 from vitssl.objectives import create
 from vitssl.objectives.base import Nets
+from vitssl.objectives.mae import MAE
 from vitssl.objectives.mixture import Mixture
 from vitssl.schedule import Clock
 from vitssl.task import Batch
@@ -230,3 +231,9 @@ def test_settings_that_cannot_work_are_refused(settings: dict, message: str):
     spec = official_task(True).encoder.spec
     with pytest.raises(ConfigError, match=message):
         create("mae", settings, spec)
+
+
+def test_colours_are_changed_where_the_config_asks_for_it():
+    spec = EncoderSpec(dim=24, depth=2, heads=2, patch=(4, 4), grid=(4, 4), prefix=1)
+    plain, coloured = (MAE(MAE.Config(view={"photometric": {"jitter": share}}), spec).views()["image"] for share in (0.0, 0.8))
+    assert not plain.photometric.changes and coloured.photometric.changes and plain.purpose == coloured.purpose

@@ -9,6 +9,7 @@ import pytest
 from outcome import contents, refused
 
 RUINED = ["optim.base_lr=3e38", "optim.weight_decay=100", "optim.warmup=0", "checkpoint.every=1"]
+GREY = ["encoder.channels=1", "data.mean=[0.5]", "data.std=[0.5]", "objectives.mae.view.photometric.jitter=0.8"]
 SETTINGS = {
     "unknown key": (["optim.base_lrr=1"], ["optim.base_lrr: unknown key", "did you mean optim.base_lr?"]),
     "unknown section": (["optimm.base_lr=1"], ["optimm", "unknown key", "optim"]),
@@ -45,6 +46,7 @@ SETTINGS = {
     "no class token to pool": (["encoder.class_token=false", "pooling=class"], ["pooling=class needs a class token"]),
     "an argument that timm does not know": (["encoder.arguments.norm_layer=foo"], ["timm cannot build it", "'foo'"]),
     "a temperature of nothing": (["probe.temperature=0.001"], ["probe.temperature=0.001: input should be greater than"]),
+    "colours of grey images": (GREY, ["photometric: changes the colours of 3 channels", "encoder.channels=1"]),
     "no weights, not even for a plan": (["weights=/nowhere", "--plan"], ["/nowhere", "does not exist"]),
     "no weights": (["weights=/nowhere"], ["/nowhere", "does not exist"]),
 }

@@ -13,13 +13,30 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vitssl import draws
+from vitssl.data import photometric
 from vitssl.errors import ConfigError
+from vitssl.task import Batch
+from vitssl.views import View, purpose
 
 _CONFIG = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t(weights|3aw?))*"
 
 
+_COLOURS = purpose("colours")
+
+
+def seen(batch: Batch, view: View, *, seed: int) -> Tensor:
+    """[B, C, H, W] float32 in [0, 1] on the batch's device: a view with its colours changed, as (seed, position) say."""
+    images = batch.views[view].to(torch.float32).div_(255)
+    if not view.photometric.changes:
+        return images
+    positions = batch.positions if batch.host is None else batch.host
+    numbers = draws.uniform(seed, draws.fold(_COLOURS, view.purpose), positions, photometric.NUM_DRAWS)
+    return photometric.photometric(images, view.photometric, numbers)
+
+
 class Normalize(nn.Module):
-    """uint8 [B, C, H, W] -> float32 [B, C, H, W]: (pixel / 255 - mean) / std; ``mean`` and ``std`` [C] in units of [0, 1].
+    """[B, C, H, W], uint8 or float in [0, 1], -> float32: (pixel - mean) / std; ``mean`` and ``std`` [C] in units of [0, 1].
 
     Its numbers follow a module to its device and are no part of its state. Raises ConfigError where they do not fit C.
     """
@@ -35,7 +52,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        images = images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.clone()
+        return images.sub_(self.mean).div_(self.std)
 
     def restore(self, images: Tensor) -> Tensor:
         """[..., C, H, W] normalised, or predicted, -> pixels in [0, 1], cut there."""

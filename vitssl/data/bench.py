@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from vitssl.data import transforms
+from vitssl.data.augment import Normalize, seen
 from vitssl.data.feed import BATCH, choose_lanes, choose_workers, training_samples
 from vitssl.data.loader import batches
 from vitssl.data.samples import Samples
@@ -53,7 +55,7 @@ def bench_data(
     lanes = choose_lanes(source, config)
     samples = training_samples(source, config, views, seed=0, lanes=lanes, channels=channels)
     makers: dict[str, Callable[[], Iterator[int]]] = {
-        "ours": lambda: _ours(samples),
+        "ours": lambda: _ours(samples, config, device),
         "torchvision": lambda: _torchvision(samples, config, views),
     }
     if isinstance(source, ShardSource) and channels == 3:
@@ -164,9 +166,20 @@ def _positions() -> Iterator[range]:
         first += BATCH
 
 
-def _ours(samples: Samples) -> Iterator[int]:
+def _ours(samples: Samples, config: DataConfig, device: str) -> Iterator[int]:
+    """With what is left to the device where colours are changed there: the reference changes them on the way."""
+    half = (0.5,) * samples.channels
+    normalize = Normalize(config.mean or half, config.std or half, channels=samples.channels).to(device)
+    coloured = any(view.photometric.changes for view in samples.views)
     for positions in _positions():
-        yield len(samples.__getitems__(positions))
+        batch = samples.__getitems__(positions)
+        if coloured:
+            batch = batch.to(device)
+            for view in samples.views:
+                normalize(seen(batch, view, seed=samples.seed))
+            if device == "cuda":
+                torch.cuda.synchronize()
+        yield len(batch)
 
 
 def _reference(config: DataConfig, view: View) -> Callable[[Image.Image], Tensor]:
@@ -178,7 +191,26 @@ def _reference(config: DataConfig, view: View) -> Callable[[Image.Image], Tensor
         else [tv.RandomResizedCrop(view.size, view.scale, view.ratio, tv.InterpolationMode.BICUBIC)]
     )
     mean, std = config.mean or (0.5, 0.5, 0.5), config.std or (0.5, 0.5, 0.5)
-    return tv.Compose([*area, tv.RandomHorizontalFlip(view.flip), tv.ToTensor(), tv.Normalize(mean, std)])
+    return tv.Compose([*area, tv.RandomHorizontalFlip(view.flip), *_colours(view), tv.ToTensor(), tv.Normalize(mean, std)])
+
+
+def _colours(view: View) -> list[Callable[[Image.Image], Image.Image]]:
+    """What the references do to colours, with PIL."""
+    from torchvision import transforms as tv
+
+    change = view.photometric
+    if not change.changes:
+        return []
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*change.sigma)))
+
+    return [
+        tv.RandomApply([tv.ColorJitter(change.brightness, change.contrast, change.saturation, change.hue)], change.jitter),
+        tv.RandomGrayscale(change.grey),
+        tv.RandomApply([blur], change.blur),
+        tv.RandomApply([ImageOps.solarize], change.solarize),
+    ]
 
 
 def _torchvision(samples: Samples, config: DataConfig, views: tuple[View, ...]) -> Iterator[int]:

@@ -18,9 +18,9 @@ from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
-from vitssl.sections import Fraction
+from vitssl.sections import Fraction, PhotometricConfig
 from vitssl.task import Draw
-from vitssl.views import View
+from vitssl.views import Photometric, View
 
 
 class DecoderConfig(Section):
@@ -38,6 +38,7 @@ class ViewConfig(Section):
     scale: tuple[Fraction, Fraction] = Field((0.2, 1.0), description="area of the crop, as a fraction of the image")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the resize")
+    photometric: PhotometricConfig = PhotometricConfig()
 
 
 class Reconstruction(NamedTuple):
@@ -70,7 +71,8 @@ class MAE(Objective):
         self.decoder = Decoder(spec, **config.decoder.model_dump(), out=out)
 
     def views(self) -> dict[str, View]:
-        return {"image": View(size=self.spec.image_size, **self.config.view.model_dump())}
+        values = self.config.view.model_dump()
+        return {"image": View(size=self.spec.image_size, **values | {"photometric": Photometric(**values["photometric"])})}
 
     def forward(self, nets: Nets, views: dict[str, Tensor], clock: Clock, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """views["image"] [B, C, H, W] -> the loss, and itself as the only metric ``loss``."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vitssl.data.augment import Normalize
+from vitssl.data.augment import Normalize, seen
 from vitssl.draws import uniform
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder, Pooling
@@ -42,6 +42,8 @@ class Mixture(Task):
         self.encoder = encoder
         self.teacher = teacher
         self.objectives = nn.ModuleDict(objectives)
+        if (channels := encoder.spec.channels) != 3 and any(view.photometric.changes for view in self.views):
+            raise ConfigError(f"photometric: changes the colours of 3 channels, and encoder.channels={channels}; leave it out")
         self.normalize = Normalize(mean, std, channels=encoder.spec.channels)
 
     @property
@@ -53,7 +55,7 @@ class Mixture(Task):
         """(sum of weight x loss, metrics called ``<objective>/<metric>``). Equal views are normalised once and shared."""
         if features:
             return self.encoder(self._only_view(batch)).pool(features), {}
-        images = {view: self.normalize(batch.views[view]) for view in self.views}
+        images = {view: self.normalize(seen(batch, view, seed=clock.seed)) for view in self.views}
         nets = Nets(student=self.encoder, teacher=self.teacher)
         total, metrics = torch.zeros((), device=batch.positions.device), {}
         for name, objective in self.objectives.items():
@@ -67,7 +69,7 @@ class Mixture(Task):
         """[B, columns, C, H, W] in [0, 1]: what the first objective that can reconstruct makes of the batch, else None."""
         for name, objective in self.objectives.items():
             if hasattr(objective, "reconstruct"):
-                images = self.normalize(batch.views[objective.views()["image"]])
+                images = self.normalize(seen(batch, objective.views()["image"], seed=clock.seed))
                 with torch.no_grad():
                     columns = objective.reconstruct(Nets(self.encoder, self.teacher), images, self.draw(name, batch, clock))
                 return self.normalize.restore(torch.stack(columns, dim=1))
