@@ -7,7 +7,6 @@ import pytest
 import torch
 from torchvision.transforms import functional as tv
 
-from vitssl import draws
 from vitssl.data import photometric as module
 from vitssl.data.augment import Normalize, seen
 from vitssl.data.photometric import NUM_DRAWS, photometric
@@ -80,19 +79,18 @@ def test_jitter_is_torchvision_s_in_an_order_of_each_sample_s_own() -> None:
     assert set(orders) == set(itertools.permutations(range(4))) and min(orders.values()) > 100
 
 
-def test_a_sample_is_the_same_in_any_batch_and_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_the_same_in_any_batch_and_in_groups() -> None:
     draw = numbers(40)
     together = photometric(images(40), ALL, draw)
     alone = [photometric(images(40)[[row]], ALL, draw[[row]])[0] for row in range(40)]
     assert torch.equal(together, torch.stack(alone))
     assert together.min() >= 0 and together.max() <= 1
     grouped = images(40)  # as on a GPU: all samples of an operation at once
-    rows = torch.arange(40)
-    module._jitter(grouped, ALL, draw, rows)
-    module._each(grouped, rows[draw[:, 9] < ALL.grey], lambda x: x.copy_(module._grey(x).expand_as(x)))
-    chosen = rows[draw[:, 10] < ALL.blur]
-    module._each(grouped, chosen, module._blur, 0.1 + 1.9 * draw[chosen, 11], limit=2.0)
-    module._each(grouped, rows[draw[:, 12] < ALL.solarize], module._solarize)
+    for step in module._together([module._plan(ALL, row) for row in draw.tolist()]):
+        for operation, (chosen, parameters) in step.items():
+            some = grouped[chosen]
+            operation(some, torch.tensor(parameters)[:, None, None, None])
+            grouped[chosen] = some
     torch.testing.assert_close(grouped, together, rtol=0, atol=2e-3)  # small blurs are cut earlier where they stand alone
 
 
@@ -108,17 +106,16 @@ def test_how_often() -> None:
 def test_a_view_s_colours_follow_seed_and_position_and_leave_its_crop() -> None:
     plain, coloured = View((30, 22), scale=(0.2, 1.0)), View((30, 22), scale=(0.2, 1.0), photometric=ALL)
     assert plain.purpose == coloured.purpose and plain != coloured and sorted([coloured, plain])
-    pixels = (images(6) * 255).to(torch.uint8)
+    pixels, same = (images(6) * 255).to(torch.uint8), Normalize([0.0] * 3, [1.0] * 3, channels=3)
     positions = torch.tensor([5, 10**12, 7, 8, 9, 10])
     batch = Batch(views={plain: pixels, coloured: pixels}, positions=positions)
-    assert torch.equal(seen(batch, plain, seed=1), pixels.float() / 255)
-    found = seen(batch, coloured, seed=1)
-    assert not torch.equal(found, seen(batch, coloured, seed=2))
+    assert torch.equal(seen(batch, plain, same, seed=1), pixels.float() / 255)
+    found = seen(batch, coloured, same, seed=1)
+    assert not torch.equal(found, seen(batch, coloured, same, seed=2))
     some = Batch(views={coloured: pixels[[1, 4]]}, positions=positions[[1, 4]])
-    assert torch.equal(seen(some.to("cpu"), coloured, seed=1), found[[1, 4]])
+    assert torch.equal(seen(some.to("cpu"), coloured, same, seed=1), found[[1, 4]])
     assert torch.equal(pixels, (images(6) * 255).to(torch.uint8)), "what was delivered is left as it is"
-    normalize = Normalize([0.5] * 3, [0.25] * 3, channels=3)
-    torch.testing.assert_close(normalize(pixels), normalize(pixels.float() / 255))
-    assert draws.uniform(1, coloured.purpose, positions, 3).shape == (6, 3)
+    other = Normalize([0.5] * 3, [0.25] * 3, channels=3)
+    torch.testing.assert_close(seen(batch, coloured, other, seed=1), (found - 0.5) / 0.25)
     with pytest.raises(ValueError, match="of 3 channels, not 1"):
         photometric(images(2)[:, :1], ALL, numbers(2))

@@ -25,18 +25,23 @@ _CONFIG = r"rand(-(m|n|p|mstd|mmax|inc)\d[\d.]*|-t(weights|3aw?))*"
 _COLOURS = purpose("colours")
 
 
-def seen(batch: Batch, view: View, *, seed: int) -> Tensor:
-    """[B, C, H, W] float32 in [0, 1] on the batch's device: a view with its colours changed, as (seed, position) say."""
-    images = batch.views[view].to(torch.float32).div_(255)
+def seen(batch: Batch, view: View, normalize: "Normalize", *, seed: int) -> Tensor:
+    """[B, C, H, W] float32 on the batch's device: a view, its colours changed as (seed, position) say, normalised."""
+    pixels = batch.views[view]
     if not view.photometric.changes:
-        return images
+        return normalize(pixels)
     positions = batch.positions if batch.host is None else batch.host
     numbers = draws.uniform(seed, draws.fold(_COLOURS, view.purpose), positions, photometric.NUM_DRAWS)
-    return photometric.photometric(images, view.photometric, numbers)
+    images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    at_once = 1 if pixels.device.type == "cpu" else len(pixels)  # there an image stays in the cache until it is done
+    for some, own, into in zip(pixels.split(at_once), numbers.split(at_once), images.split(at_once), strict=True):
+        torch.mul(some, 1 / 255, out=into)
+        normalize.in_place(photometric.photometric(into, view.photometric, own))
+    return images
 
 
 class Normalize(nn.Module):
-    """[B, C, H, W], uint8 or float in [0, 1], -> float32: (pixel - mean) / std; ``mean`` and ``std`` [C] in units of [0, 1].
+    """uint8 [B, C, H, W] -> float32 [B, C, H, W]: (pixel / 255 - mean) / std; ``mean`` and ``std`` [C] in units of [0, 1].
 
     Its numbers follow a module to its device and are no part of its state. Raises ConfigError where they do not fit C.
     """
@@ -52,7 +57,10 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.clone()
+        return self.in_place(images.to(torch.float32).div_(255))
+
+    def in_place(self, images: Tensor) -> Tensor:
+        """float [B, C, H, W] in [0, 1] -> the same tensor, normalised."""
         return images.sub_(self.mean).div_(self.std)
 
     def restore(self, images: Tensor) -> Tensor:

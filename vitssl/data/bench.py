@@ -176,7 +176,7 @@ def _ours(samples: Samples, config: DataConfig, device: str) -> Iterator[int]:
         if coloured:
             batch = batch.to(device)
             for view in samples.views:
-                normalize(seen(batch, view, seed=samples.seed))
+                seen(batch, view, normalize, seed=samples.seed)
             if device == "cuda":
                 torch.cuda.synchronize()
         yield len(batch)

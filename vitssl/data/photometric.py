@@ -6,7 +6,8 @@ it is decided which samples an operation is for, so no sample pays for what it d
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,52 +16,58 @@ from torch.nn import functional
 from vitssl.views import Photometric
 
 NUM_DRAWS = 13  # per sample: jitter?, four factors, four ranks, greyscale?, blur?, its sigma, solarisation?
+_WIDEST = 2.0  # pixels, the largest sigma of samples that are blurred together
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R 601
 
 
 def photometric(images: Tensor, change: Photometric, numbers: Tensor) -> Tensor:
-    """[B, 3, H, W] float in [0, 1], which it may overwrite -> the same, changed.
+    """[B, 3, H, W] float in [0, 1], which it overwrites -> the same, changed.
 
     ``numbers`` [B, 13] on the CPU, uniform in [0, 1). Raises ValueError for images of other than three channels.
     """
     if images.shape[1] != 3:
         raise ValueError(f"colours are changed of 3 channels, not {images.shape[1]}")
-    one_by_one = images.device.type == "cpu"  # there an image stays in the cache through all that is done to it
-    for rows in torch.arange(len(images)).split(1) if one_by_one else [torch.arange(len(images))]:
-        _jitter(images, change, numbers, rows)
-        _each(images, rows[numbers[rows, 9] < change.grey], lambda x: x.copy_(_grey(x).expand_as(x)))
-        chosen = rows[numbers[rows, 10] < change.blur]
-        low, high = change.sigma
-        _each(images, chosen, _blur, low + (high - low) * numbers[chosen, 11], limit=high)
-        _each(images, rows[numbers[rows, 12] < change.solarize], _solarize)
+    rows = numbers.tolist()
+    if images.device.type == "cpu":  # there an image stays in the cache through all that is done to it
+        for image, row in zip(images.split(1), rows, strict=True):
+            for operation, parameter in _plan(change, row):
+                operation(image, parameter)
+        return images
+    for step in _together([_plan(change, row) for row in rows]):
+        for operation, (chosen, parameters) in step.items():
+            index = torch.tensor(chosen).to(images.device, non_blocking=True)
+            values = torch.tensor(parameters, dtype=images.dtype).to(images.device, non_blocking=True)
+            some = images[index]
+            operation(some, values[:, None, None, None])
+            images[index] = some
     return images
 
 
-def _jitter(images: Tensor, change: Photometric, numbers: Tensor, rows: Tensor) -> None:
-    rows = rows[numbers[rows, 0] < change.jitter]
-    strengths = torch.tensor([change.brightness, change.contrast, change.saturation, change.hue], dtype=torch.float64)
-    factors = (2 * numbers[rows, 1:5] - 1) * strengths  # [n, 4] in (-strength, strength)
-    factors[:, :3] = (1 + factors[:, :3]).clamp(min=0)
-    order = numbers[rows, 5:9].argsort(dim=1)  # [n, 4]
-    for slot in range(4):
-        for number, (operation, strength) in enumerate(zip(_JITTERS, strengths.tolist(), strict=True)):
-            here = order[:, slot] == number
-            if strength:
-                _each(images, rows[here], operation, factors[here, number])
+def _plan(change: Photometric, row: list[float]) -> list[tuple[Callable[[Tensor, Any], None], float]]:
+    """The operations on a sample, in order, each with its parameter."""
+    found: list[tuple[Callable[[Tensor, Any], None], float]] = []
+    if row[0] < change.jitter:
+        for number in sorted(range(4), key=lambda each: row[5 + each]):
+            strength = (change.brightness, change.contrast, change.saturation, change.hue)[number]
+            turn = (2 * row[1 + number] - 1) * strength  # in (-strength, strength)
+            found += [(_JITTERS[number], turn if number == 3 else max(0.0, 1 + turn))] if strength else []
+    found += [(_discolour, 0.0)] if row[9] < change.grey else []
+    low, high = change.sigma
+    found += [(_blur, low + (high - low) * row[11])] if row[10] < change.blur else []
+    return found + ([(_solarize, 0.0)] if row[12] < change.solarize else [])
 
 
-def _each(images: Tensor, rows: Tensor, operation: Callable[..., object], *parameters: Tensor, **options: float) -> None:
-    """Apply an operation, which works in place, to these rows; its parameters are [n] of them."""
-    if not len(rows):
-        return
-    given = [each.to(images.device, images.dtype, non_blocking=True)[:, None, None, None] for each in parameters]
-    if len(rows) == 1:
-        operation(images[rows[0] : rows[0] + 1], *given, **options)
-        return
-    index = rows.to(images.device, non_blocking=True)
-    some = images[index]
-    operation(some, *given, **options)
-    images[index] = some
+def _together(plans: list[list]) -> Iterator[dict[Callable, tuple[list[int], list[float]]]]:
+    """The same for a batch: step after step, which samples an operation is for, and their parameters."""
+    for step in range(max(map(len, plans), default=0)):
+        groups: dict[Callable, tuple[list[int], list[float]]] = {}
+        for sample, plan in enumerate(plans):
+            if step < len(plan):
+                operation, parameter = plan[step]
+                chosen, parameters = groups.setdefault(operation, ([], []))
+                chosen.append(sample)
+                parameters.append(parameter)
+        yield groups
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -69,52 +76,62 @@ def _grey(images: Tensor) -> Tensor:
     return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
 
 
-def _brightness(images: Tensor, factor: Tensor) -> None:
+def _discolour(images: Tensor, _: Any) -> None:
+    images.copy_(_grey(images).expand_as(images))
+
+
+def _brightness(images: Tensor, factor: Tensor | float) -> None:
     images.mul_(factor).clamp_(0, 1)
 
 
-def _contrast(images: Tensor, factor: Tensor) -> None:
+def _contrast(images: Tensor, factor: Tensor | float) -> None:
     mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
     images.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
 
 
-def _saturation(images: Tensor, factor: Tensor) -> None:
+def _saturation(images: Tensor, factor: Tensor | float) -> None:
     grey = _grey(images).mul_(1 - factor)
     images.mul_(factor).add_(grey).clamp_(0, 1)
 
 
-def _hue(images: Tensor, shift: Tensor) -> None:
-    """Turn the hue of HSV by ``shift`` of a circle: out = v - c x clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6."""
+def _hue(images: Tensor, shift: Tensor | float) -> None:
+    """Turn the hue of HSV by ``shift`` of a circle. With it in [0, 6) red is v - c + c clamp(|h - 3| - 1, 0, 1), green and
+    blue v - c clamp(|h - 2| - 1, 0, 1) and v - c clamp(|h - 4| - 1, 0, 1)."""
     red, green, blue = images.split(1, dim=1)
-    value = images.amax(dim=1, keepdim=True)
-    chroma = value - images.amin(dim=1, keepdim=True)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
     inverse = chroma.clamp(min=1e-12).reciprocal_()
-    hue = torch.where(
-        value == red,
-        (green - blue).mul_(inverse),
-        torch.where(value == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4)),
-    )
-    hue.add_(6 * shift)
-    for channel, offset in enumerate((5, 3, 1)):
-        turned = (hue + offset).remainder_(6)
-        turned = torch.minimum(turned, 4 - turned).clamp_(0, 1).mul_(chroma)
-        torch.sub(value, turned, out=images[:, channel : channel + 1])
+    hue = (blue - red).mul_(inverse).add_(2)
+    hue = torch.where(value == green, hue, (red - green).mul_(inverse).add_(4))
+    hue = torch.where(value == red, (green - blue).mul_(inverse), hue)
+    hue.add_(6 * shift).remainder_(6)
+    least = value - chroma
+    torch.addcmul(least, (hue - 3).abs_().sub_(1).clamp_(0, 1), chroma, out=red)
+    torch.addcmul(value, (hue - 2).abs_().sub_(1).clamp_(0, 1), chroma, value=-1, out=green)
+    torch.addcmul(value, (hue - 4).abs_().sub_(1).clamp_(0, 1), chroma, value=-1, out=blue)
 
 
-def _blur(images: Tensor, sigma: Tensor, *, limit: float) -> None:
-    """Gaussian, in units of pixels, cut at three times the largest sigma there may be; edges are repeated."""
-    radius = max(1, math.ceil(3 * (float(sigma) if sigma.device.type == "cpu" and len(sigma) == 1 else limit)))
-    number, channels, height, width = images.shape
-    places = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.exp(-0.5 * (places / sigma[:, 0, 0]) ** 2)  # [n, taps]
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]  # [3n, 1, taps]
-    planes = functional.pad(images, (radius,) * 4, mode="replicate").view(1, number * channels, height + 2 * radius, -1)
-    planes = functional.conv2d(planes, kernel[:, :, None], groups=number * channels)
-    planes = functional.conv2d(planes, kernel[..., None], groups=number * channels)
-    images.copy_(planes.view(number, channels, height, width))
+def _blur(images: Tensor, sigma: Tensor | float) -> None:
+    """Gaussian of ``sigma`` pixels (at most 2 where it is a tensor), cut at three times that; edges are repeated."""
+    together = isinstance(sigma, Tensor)
+    radius = math.ceil(3 * _WIDEST) if together else max(1, math.ceil(3 * sigma))
+    if together:
+        weights = [torch.exp(-0.5 * (place / sigma) ** 2) for place in range(radius + 1)]
+    else:
+        weights = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(radius + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    weights = [weight / total for weight in weights]
+    for dim in (2, 3):
+        size = images.shape[dim]
+        pads = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
+        wide = functional.pad(images, pads, mode="replicate")
+        torch.mul(wide.narrow(dim, radius, size), weights[0], out=images)
+        for place in range(1, radius + 1):  # sums of shifted images: several times faster than a convolution on a CPU
+            pair = wide.narrow(dim, radius - place, size) + wide.narrow(dim, radius + place, size)
+            images.add_(pair.mul_(weights[place])) if together else images.add_(pair, alpha=weights[place])
 
 
-def _solarize(images: Tensor) -> None:
+def _solarize(images: Tensor, _: Any) -> None:
     """Invert what is at least 128 of 255."""
     images.copy_(torch.where(images >= 128 / 255, 1 - images, images))
 

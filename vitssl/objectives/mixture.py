@@ -55,7 +55,7 @@ class Mixture(Task):
         """(sum of weight x loss, metrics called ``<objective>/<metric>``). Equal views are normalised once and shared."""
         if features:
             return self.encoder(self._only_view(batch)).pool(features), {}
-        images = {view: self.normalize(seen(batch, view, seed=clock.seed)) for view in self.views}
+        images = {view: seen(batch, view, self.normalize, seed=clock.seed) for view in self.views}
         nets = Nets(student=self.encoder, teacher=self.teacher)
         total, metrics = torch.zeros((), device=batch.positions.device), {}
         for name, objective in self.objectives.items():
@@ -69,7 +69,7 @@ class Mixture(Task):
         """[B, columns, C, H, W] in [0, 1]: what the first objective that can reconstruct makes of the batch, else None."""
         for name, objective in self.objectives.items():
             if hasattr(objective, "reconstruct"):
-                images = self.normalize(seen(batch, objective.views()["image"], seed=clock.seed))
+                images = seen(batch, objective.views()["image"], self.normalize, seed=clock.seed)
                 with torch.no_grad():
                     columns = objective.reconstruct(Nets(self.encoder, self.teacher), images, self.draw(name, batch, clock))
                 return self.normalize.restore(torch.stack(columns, dim=1))
