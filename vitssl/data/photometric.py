@@ -101,10 +101,10 @@ def _hue(images: Tensor, shift: Tensor | float) -> None:
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     inverse = chroma.clamp(min=1e-12).reciprocal_()
-    hue = (blue - red).mul_(inverse).add_(2)
-    hue = torch.where(value == green, hue, (red - green).mul_(inverse).add_(4))
-    hue = torch.where(value == red, (green - blue).mul_(inverse), hue)
-    hue.add_(6 * shift).remainder_(6)
+    other_than_green, other_than_red = (value - green).sign_(), (value - red).sign_()  # 0 where it is the largest, else 1
+    hue = torch.lerp((blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4), other_than_green)
+    hue = torch.lerp((green - blue).mul_(inverse), hue, other_than_red).add_(6 * shift)
+    hue.sub_((hue * (1 / 6)).floor_().mul_(6))  # several times faster than a remainder, as lerp is than where
     least = value - chroma
     torch.addcmul(least, (hue - 3).abs_().sub_(1).clamp_(0, 1), chroma, out=red)
     torch.addcmul(value, (hue - 2).abs_().sub_(1).clamp_(0, 1), chroma, value=-1, out=green)
@@ -132,8 +132,8 @@ def _blur(images: Tensor, sigma: Tensor | float) -> None:
 
 
 def _solarize(images: Tensor, _: Any) -> None:
-    """Invert what is at least 128 of 255."""
-    images.copy_(torch.where(images >= 128 / 255, 1 - images, images))
+    """Invert what is brighter than half (of 8-bit values: what is at least 128)."""
+    torch.minimum(images, 1 - images, out=images)
 
 
 _JITTERS = (_brightness, _contrast, _saturation, _hue)
