@@ -28,7 +28,7 @@ def test_every_pipeline_is_measured(shards: Path, photos: Path, capsys: pytest.C
     starts = {"resume_at", "start_s", "resume_s", *(["skip_s"] if kind == "shards" else [])}
     assert (
         set(row)
-        == {"ours_per_core", "read", "decode", "views", "transfer", "short_side", "workers", "with_workers"}
+        == {"ours_per_core", "read", "decode", "views", "transfer", "short_side", "workers", "with_workers", "main_busy"}
         | {f"{name}_per_core" for name in names}
         | {f"times_{name}" for name in names}
         | starts

@@ -76,7 +76,10 @@ def bench_data(
     row |= parts | starts
     workers = choose_workers(config, device=device)
     feed = batches(samples, start=0, stop=None, batch_size=BATCH, micro_batch=BATCH, workers=workers)
+    next(feed)  # its workers have started
+    began, busy = time.perf_counter(), time.thread_time()
     row |= {"workers": workers, "with_workers": round(_rate((len(batch) for batch in feed), seconds), 1)}
+    row["main_busy"] = round((time.thread_time() - busy) / (time.perf_counter() - began), 4) if workers else 1.0
     row |= {"step_rate": round(step_rate, 1)} if step_rate else {}
     _tell(row, source, views, report)
     return row
@@ -96,7 +99,7 @@ def _tell(row: dict[str, Any], source: Source, views: tuple[View, ...], report: 
                 f"reading {row['read']:.0%}, decoding {row['decode']:.0%}, crop, resize and flip {row['views']:.0%},"
                 f" transfer {row['transfer']:.0%}",
             ),
-            ("together", f"{row['with_workers']:,.0f} images/s, {cores}"),
+            ("together", f"{row['with_workers']:,.0f} images/s, {cores}, this process {row['main_busy']:.1%} busy"),
             ("first batch", _in_words(row)),
             *([("advice", advice(row))] if "step_rate" in row else []),
         ],
