@@ -120,3 +120,8 @@ def serving(folder: Path, *, ranges: bool = True) -> Iterator[WebServer]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def url(server: WebServer) -> str:
+    """Its three shards."""
+    return f"{server.url}/train-{{000..002}}.tar"

@@ -2,14 +2,16 @@
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from webserver import WebServer, serving
 
+from vitssl.data import remote
 from vitssl.data.sources import Source, open_source
 
 
@@ -152,3 +154,16 @@ def parquet(rows: Callable, tmp_path: Path) -> Callable[..., str]:
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> Iterator[None]:
+    """What one test learned of a server is not another's, which may have its port."""
+    yield
+    remote._whole.clear()
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[WebServer]:
+    with serving(shards) as server:
+        yield server

@@ -1,6 +1,9 @@
 """The benchmark of the data engine measures every pipeline on the same images; how fast they are is no test's business."""
 
 import json
+import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,33 @@ def test_advice(case: str) -> None:
     feed, side, words = ADVICE[case]
     row = {"with_workers": feed, "step_rate": 500.0, "ours_per_core": 100.0, "workers": 2, "short_side": side}
     assert advice(row) == words
+
+
+def test_the_reference_unpickles_nothing(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
+    trap = pickle.dumps(Trap(str(tmp_path / "sprung")))
+    members = {}
+    for key in range(70):
+        members |= {f"{key}.png": encoded(key), f"{key}.pickle": trap, f"{key}.pyd": trap}
+    source = open_source(write_tar(tmp_path / "s.tar", members))
+    bench_data(
+        source,
+        build(DataConfig, {"workers": 0}, where="here"),
+        [View((8, 8))],
+        channels=3,
+        device="cpu",
+        report=Report(),
+        seconds=0.05,
+    )
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(trap)
+    assert (tmp_path / "sprung").exists(), "the trap works"
+
+
+class Trap:
+    """Unpickling it leaves a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)

@@ -90,7 +90,9 @@ def test_a_sample_is_the_same_in_any_batch_and_in_groups() -> None:
     for step in module._together([module._plan(ALL, row) for row in draw.tolist()]):
         for operation, (chosen, parameters) in step.items():
             some = grouped[chosen]
-            operation(some, torch.tensor(parameters)[:, None, None, None])
+            operation(
+                some, torch.tensor(parameters)[:, None, None, None], *([max(parameters)] if operation is module._blur else [])
+            )
             grouped[chosen] = some
     torch.testing.assert_close(grouped, together, rtol=0, atol=2e-3)  # small blurs are cut earlier where they stand alone
 

@@ -5,14 +5,13 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from webserver import WebServer, serving
+from webserver import WebServer, serving, url
 
-from vitssl.data import remote
 from vitssl.data.index import SUFFIX
 from vitssl.data.loader import batches, evaluation_batches
 from vitssl.data.manifest import NAME, index_shards
@@ -25,23 +24,6 @@ from vitssl.errors import ConfigError, DataError
 from vitssl.views import View
 
 VIEW = View(size=(8, 8), scale=(0.3, 1.0))
-
-
-@pytest.fixture(autouse=True)
-def forgetful() -> Iterator[None]:
-    """What one test learned of a server is not another's, which may have its port."""
-    yield
-    remote._whole.clear()
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[WebServer]:
-    with serving(shards) as server:
-        yield server
-
-
-def url(server: WebServer) -> str:
-    return f"{server.url}/train-{{000..002}}.tar"
 
 
 @pytest.mark.parametrize("ranges", [True, False])

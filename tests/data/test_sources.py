@@ -1,5 +1,6 @@
 """Every source keeps one contract; what is missing or not understood is named with what was found."""
 
+import os
 import pickle
 import re
 import shutil
@@ -236,3 +237,33 @@ def test_class_names_come_from_about_json(shards: Path) -> None:
     (shards / "about.json").write_text('{"classes": ["a", "b"]}')
     with pytest.raises(DataError, match=r"about.json: names 2 classes, and there is a label 3; correct it or remove it"):
         ShardSource(str(shards))
+
+
+def test_shards_of_one_name_in_two_folders_have_keys_of_their_own(
+    tmp_path: Path, write_tar: Callable, encoded: Callable
+) -> None:
+    for folder in ("x", "y/z"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_tar(tmp_path / folder / "000.tar", {"1.png": encoded(len(folder))})
+    source = open_source([str(tmp_path / "x/000.tar"), str(tmp_path / "y/z/000.tar")])
+    assert [raw.key for raw in source.read([0, 1])] == ["x/000.tar/1", "y/z/000.tar/1"]
+    assert open_source(tmp_path / "x").read([0])[0].key == "000.tar/1"
+
+
+def test_a_file_that_might_never_end_is_not_opened(photos: Path) -> None:
+    source = FolderSource(photos)
+    (photos / "cat/1.png").unlink()
+    os.mkfifo(photos / "cat/1.png")
+    assert "is no file" in source.read([0])[0].problem
+
+
+def test_descriptors_do_not_run_out(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
+    shards = [write_tar(tmp_path / f"{number:03}.tar", {"1.png": encoded(number)}) for number in range(300)]
+    source = open_source(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    assert all(raw.image for raw in source.read(range(300)))
+    assert len(os.listdir("/proc/self/fd")) - before <= 128 + 128 + 2
+    for path in tmp_path.glob("*.manifest"):
+        path.unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(open_source(shards).manifest.rows) == 300 and len(os.listdir("/proc/self/fd")) - before <= 2

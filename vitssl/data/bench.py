@@ -58,7 +58,7 @@ def bench_data(
         "ours": lambda: _ours(samples, config, device),
         "torchvision": lambda: _torchvision(samples, config, views),
     }
-    if isinstance(source, ShardSource) and channels == 3:
+    if isinstance(source, ShardSource) and channels == 3 and not source.by_chunk:  # urls are opened under our rules alone
         makers["webdataset"] = lambda: _webdataset(source, config, views)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -140,7 +140,7 @@ def _starts(samples: Samples, source: Source, config: DataConfig, views: tuple[V
     first(0)  # the disk's cache is warm for all
     found = [(first(0), first(at)) for _ in range(2 * ROUNDS)]
     row = {"resume_at": at, "start_s": _median(each[0] for each in found), "resume_s": _median(each[1] for each in found)}
-    if isinstance(source, ShardSource) and samples.channels == 3 and at < source.num_samples:
+    if isinstance(source, ShardSource) and samples.channels == 3 and not source.by_chunk and at < source.num_samples:
         began = time.perf_counter()
         next(_webdataset(source, config, views, skip=at))
         row["skip_s"] = round(time.perf_counter() - began, 4)
@@ -220,7 +220,7 @@ def _torchvision(samples: Samples, config: DataConfig, views: tuple[View, ...]) 
     made = [_reference(config, view) for view in views]
     for positions in _positions():
         raws = samples.source.read(samples.order.locate(positions))
-        images = (Image.open(io.BytesIO(raw.image)).convert("RGB") for raw in raws)
+        images = (_opened(raw.image) for raw in raws)
         yield len(default_collate([[make(image) for make in made] for image in images])[0])
 
 
@@ -231,9 +231,14 @@ def _webdataset(source: ShardSource, config: DataConfig, views: tuple[View, ...]
     extensions = ";".join(("jpg", "jpeg", "png", "webp"))
     pipeline = webdataset.WebDataset(source.manifest.shards, shardshuffle=False).repeat()
     pipeline = pipeline.compose(lambda samples: itertools.islice(samples, skip, None)) if skip else pipeline.shuffle(1000)
-    pipeline = pipeline.decode("pilrgb").to_tuple(extensions).map(lambda sample: [make(sample[0]) for make in made])
+    # Never .decode(): webdataset's decoder unpickles members of some names, whatever else it was asked for.
+    pipeline = pipeline.to_tuple(extensions).map(lambda sample: [make(_opened(sample[0])) for make in made])
     for batch in pipeline.batched(BATCH, collation_fn=default_collate):
         yield len(batch[0])
+
+
+def _opened(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=transforms.FORMATS).convert("RGB")
 
 
 def _parts(samples: Samples, device: str, seconds: float) -> dict[str, float]:

@@ -24,7 +24,7 @@ class DiskCache:
 
     def __init__(self, folder: Path, *, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        self._written = 0.0
+        self._written = float(limit)  # the first to write looks at what is there
 
     def get(self, key: str) -> bytes | None:
         """The bytes put under a key, or None where there are none, or damaged ones, which are dropped."""

@@ -25,13 +25,15 @@ def read_wids(path: str, access: Access) -> dict[str, int]:
         listed = [(each["url"], each["nsamples"]) for each in json.loads(content or b"")["shardlist"]]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         what = "is no wids index, which is JSON with a shardlist of url and nsamples"
         raise DataError(f"{shown(path)}: {what}; name shards, or write it again") from None
     if not listed or not all(isinstance(url, str) and _is_count(count) for url, count in listed):
         raise DataError(
             f"{shown(path)}: its shardlist is empty, or holds a url that is no text or an nsamples that is no count"
         )
+    if is_url(path) and any(os.path.isabs(url) for url, _ in listed):
+        raise DataError(f"{shown(path)}: names files of this machine; a remote index may only name what is remote")
     folder = parted(path)[0]
     return {url if is_url(url) or os.path.isabs(url) or not folder else f"{folder}/{url}": count for url, count in listed}
 
@@ -41,7 +43,7 @@ def counts_beside(folder: str, access: Access) -> dict[str, int]:
     content = remote.small_file(f"{folder}/{SIZES}", access)
     try:
         found = json.loads(content) if content else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(map(_is_count, found.values())):
         raise DataError(f"{shown(folder)}/{SIZES}: is not JSON of file names and counts; correct it or take it away")
@@ -54,4 +56,4 @@ def _local(path: str) -> bytes:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 40

@@ -7,6 +7,7 @@ the hash of its first and last 64 KiB differs. Surprising: a shard without its e
 archive cut exactly between two members looks just like that and would lose samples without a word.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from vitssl.data import remote, tarscan
-from vitssl.data.stores import USUAL, Access, beside, is_url, shown
+from vitssl.data.stores import USUAL, Access, Unreachable, beside, is_url, shown
 from vitssl.errors import DataError
 
 VERSION = 1
@@ -116,10 +117,13 @@ def _from_afar(shard: str, identity: str, access: Access) -> ShardIndex | None:
     path = cached(shard, SUFFIX)
     replace_file(path, content)
     index = _read(path, shard=shard)
-    size = int(identity.partition("-")[0])
     if index is not None and index.identity == identity:
+        size = int(identity.partition("-")[0])
         offsets, lengths = index.records["offset"], index.records["length"]
-        if offsets.min() >= 0 and lengths.min() >= 0 and (offsets + lengths).max() <= size:
+        inside = offsets.min() >= 0 and lengths.min() >= 0 and offsets.max() <= size and (lengths <= size - offsets).all()
+        known = {extension.decode("ascii", "replace") for extension in np.unique(index.records["extension"])}
+        unlabelled = int((index.records["label"] == NO_LABEL).sum())
+        if inside and unlabelled == index.num_unlabelled and known <= set(tarscan.IMAGES):
             return index
     path.unlink(missing_ok=True)
     return None
@@ -169,11 +173,18 @@ def _read(path: Path, *, shard: str) -> ShardIndex | None:
             if head.pop("format", None) != "vitssl-index" or head.pop("version", None) != VERSION:
                 return None
             index = ShardIndex(shard=shard, sidecar=str(path), **head)
+            counts = (index.num_samples, index.num_unlabelled, index.ignored, index.key_bytes)
+            if not all(type(count) is int and 0 <= count < 1 << 40 for count in counts) or not isinstance(index.identity, str):
+                return None
             dtype = record_type(index.key_bytes)
             if os.fstat(file.fileno()).st_size != len(line) + index.num_samples * dtype.itemsize:
                 return None
         records = np.memmap(path, dtype=dtype, mode="r", offset=len(line), shape=(index.num_samples,))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO):
+            raise Unreachable(f"{path}: cannot be read ({error.strerror}); look at the disk and at ulimit -n") from None
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     index._records = records.view(np.ndarray)
     return index

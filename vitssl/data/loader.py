@@ -59,7 +59,7 @@ def evaluation_batches(
     is to be reduced. ``samples`` must have an order with ``shuffle=False``.
     """
     assert not samples.order.shuffle, "evaluation asks for an order with shuffle=False"
-    return load(samples, _Once(len(samples), batch_size, rank, world), workers)
+    return load(samples.among(world, max(1, workers)), _Once(len(samples), batch_size, rank, world), workers)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,10 @@ def _load(shards: list[str], numbers: list[int], rows: NDArray, access: Access) 
     def ask(number: int) -> ShardIndex | None:
         if is_url(shards[number]):
             rows["size"][number] = remote.stat(shards[number], access).size
-        return load_index(shards[number], access=access)
+        found = load_index(shards[number], access=access)
+        if found is not None and found.sidecar is not None:
+            found._records = None  # a map keeps its descriptor: only the counts are wanted here
+        return found
 
     if not any(is_url(shards[number]) for number in numbers):
         return {number: ask(number) for number in numbers}
@@ -222,7 +225,7 @@ def _parsed(content: bytes) -> NDArray | None:
         head = json.loads(line)
         if head["format"] == "vitssl-manifest" and head["version"] == VERSION:
             return np.frombuffer(content, row_type(head["name_bytes"]), count=head["shards"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         pass
     return None
 

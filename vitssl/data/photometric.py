@@ -16,7 +16,6 @@ from torch.nn import functional
 from vitssl.views import Photometric
 
 NUM_DRAWS = 13  # per sample: jitter?, four factors, four ranks, greyscale?, blur?, its sigma, solarisation?
-_WIDEST = 2.0  # pixels, the largest sigma of samples that are blurred together
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R 601
 
 
@@ -38,7 +37,7 @@ def photometric(images: Tensor, change: Photometric, numbers: Tensor) -> Tensor:
             index = torch.tensor(chosen).to(images.device, non_blocking=True)
             values = torch.tensor(parameters, dtype=images.dtype).to(images.device, non_blocking=True)
             some = images[index]
-            operation(some, values[:, None, None, None])
+            operation(some, values[:, None, None, None], *([max(parameters)] if operation is _blur else []))
             images[index] = some
     return images
 
@@ -111,10 +110,10 @@ def _hue(images: Tensor, shift: Tensor | float) -> None:
     torch.addcmul(value, (hue - 4).abs_().sub_(1).clamp_(0, 1), chroma, value=-1, out=blue)
 
 
-def _blur(images: Tensor, sigma: Tensor | float) -> None:
-    """Gaussian of ``sigma`` pixels (at most 2 where it is a tensor), cut at three times that; edges are repeated."""
+def _blur(images: Tensor, sigma: Tensor | float, widest: float | None = None) -> None:
+    """Gaussian of ``sigma`` pixels, cut at three times that (of several, at three times the ``widest``); edges are repeated."""
     together = isinstance(sigma, Tensor)
-    radius = math.ceil(3 * _WIDEST) if together else max(1, math.ceil(3 * sigma))
+    radius = max(1, math.ceil(3 * (widest if together else sigma)))
     if together:
         weights = [torch.exp(-0.5 * (place / sigma) ** 2) for place in range(radius + 1)]
     else:

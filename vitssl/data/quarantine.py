@@ -35,8 +35,7 @@ def bearable(batches: Iterable[Batch], *, max_fraction: float, seen: int = 0, ba
 
 def count_bad(folder: Path) -> int:
     """How many images of the run in a folder had to be replaced, those not counted that a file had named."""
-    path = folder / FILE
-    return sum(not json.loads(line)["known"] for line in path.read_text().splitlines()) if path.exists() else 0
+    return sum(not row["known"] for row in _rows(folder))
 
 
 class Decided(NamedTuple):
@@ -56,8 +55,18 @@ class Quarantine(NamedTuple):
 
 def passing(folder: Path) -> dict[int, Decided]:
     """The positions of the run in a folder at which the network or the moment decided."""
-    path = folder / FILE
-    return _decided([json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [])
+    return _decided(_rows(folder))
+
+
+def _rows(folder: Path) -> list[dict]:
+    """The rows of a run's file, up to one that a killed process left half-written."""
+    rows, path = [], folder / FILE
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def _decided(rows: list[dict]) -> dict[int, Decided]:

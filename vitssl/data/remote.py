@@ -1,5 +1,6 @@
 """What is asked of a shard that lies elsewhere: its size, its ends, small files beside it, and a copy of it for a while."""
 
+import functools
 import io
 import os
 import tempfile
@@ -21,8 +22,13 @@ def user_cache() -> Path:
 
 
 def disk_cache(access: Access) -> DiskCache:
-    """The cache the user named, or the user's own."""
-    return DiskCache(access.cache or user_cache() / "files", limit=access.cache_bytes)
+    """The cache the user named, or the user's own; one a process, since it counts what it writes."""
+    return _disk_cache(access.cache or user_cache() / "files", access.cache_bytes)
+
+
+@functools.cache
+def _disk_cache(folder: Path, limit: int) -> DiskCache:
+    return DiskCache(folder, limit=limit)
 
 
 def stat(shard: str, access: Access) -> Stat:
@@ -44,9 +50,9 @@ def ends(shard: str, length: int, access: Access) -> tuple[int, bytes, bytes]:
         return found.size, first, file.read(found.size - last)
 
 
-def read(shard: str, offset: int, length: int, size: int | None, access: Access) -> bytes:
-    """A range of a remote shard of this size, through the cache where the user named one. Raises DataError, Unreachable."""
-    cache, key = disk_cache(access), f"{shard} {size} {offset} {length}"
+def read(shard: str, offset: int, length: int, size: int | None, access: Access, *, identity: str) -> bytes:
+    """A range of a remote shard of this size and identity, through the cache the user named. Raises DataError, Unreachable."""
+    cache, key = disk_cache(access), f"{shard} {identity} {offset} {length}"
     try:
         if shard in _whole:
             raise NoRanges(shard)
@@ -70,6 +76,7 @@ def copy_of(shard: str, access: Access) -> Iterator[str]:
         yield shard
         return
     if not stat(shard, access).ranges:
+        _whole.pop(shard, None)  # who indexes it wants what is there now
         yield _kept(shard, access)
         return
     folder = user_cache() / "index"
@@ -82,10 +89,9 @@ def copy_of(shard: str, access: Access) -> Iterator[str]:
 
 def small_file(url: str, access: Access) -> bytes | None:
     """All of a file that may not be there, such as an index. Raises Unreachable."""
-    store, content = open_store(url, access), io.BytesIO()
+    store = open_store(url, access)
     try:
-        if not 0 <= store.stat(url).size <= _SMALL:
-            return None
+        content = _Bounded(store.stat(url).size)
         store.fetch(url, content)
     except Unreachable:
         raise
@@ -94,9 +100,26 @@ def small_file(url: str, access: Access) -> bytes | None:
     return content.getvalue()
 
 
+class _Bounded(io.BytesIO):
+    """Takes as many bytes as were promised, and no more than a small file may have."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        if not 0 <= most <= _SMALL:
+            raise DataError("is no small file")
+
+    def write(self, content: bytes) -> int:
+        if self.tell() + len(content) > self.most:
+            raise DataError("is longer than it was said to be")
+        return super().write(content)
+
+
 def _kept(shard: str, access: Access) -> str:
     """A whole copy in the cache, of a shard that cannot be read in parts; its checksum is looked at once a process."""
     if not os.path.exists(_whole.get(shard, "")):
         store = open_store(shard, access)
-        _whole[shard] = disk_cache(access).file(f"{shard} whole", lambda file: store.fetch(shard, file))
+        found = store.stat(shard)
+        key = f"{shard} {found.size} {found.tag} whole"
+        _whole[shard] = disk_cache(access).file(key, lambda file: store.fetch(shard, file))
     return _whole[shard]

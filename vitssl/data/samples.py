@@ -78,8 +78,9 @@ class Samples(Dataset):
 
     def among(self, world: int, parts: int) -> "Samples":
         """The same for one of ``parts`` workers of each of ``world`` processes: with its share of the memory."""
-        mine = copy.copy(self)
-        mine.divided, mine.memory, mine._made = (world, parts), self.memory // math.gcd(self.order.lanes, world * parts), {}
+        mine, whole = copy.copy(self), self.order.shuffle and self.order.lanes > 1  # else all of them hold the same
+        held = math.gcd(self.order.lanes, world * parts) if whole else world * parts
+        mine.divided, mine.memory, mine._made = (world, parts), self.memory // held, {}
         return mine
 
     def without(self, positions: Iterable[int], reason: str) -> "Samples":
@@ -174,15 +175,20 @@ class Samples(Dataset):
         """What stands a reach further on, in the lanes of these positions; the first time also all that lies between."""
         if not self.source.by_chunk:
             return None
+        if not self.order.shuffle:  # what comes next is another process's
+            return Ahead(np.empty(0, dtype=np.int64), self.memory)
         reach, step = self.order.reach, self.order.lanes
         later = positions + reach
         if not self._begun:
             self._begun = True
-            later = np.add.outer(np.arange(step, reach + step, step), positions).ravel()
+            between = np.add.outer(np.arange(step, reach + step, step), positions).ravel()
+            later = between if step > 1 else np.arange(positions.min(), positions.max() + reach + 1)
         return Ahead(self.order.locate(later), self.memory)
 
     def _decoded(self, raw: Raw) -> tuple[transforms.Pixels | None, str]:
         """(image, "") or (None, why not)."""
+        if self.labels and raw.label is None and not raw.problem:
+            raise DataError(f"{raw.where}: has no label, though its index says that all have; index it again")
         if raw.key in self.quarantine.keys:
             return None, f"{raw.where}: named in the quarantine file"
         try:
@@ -199,7 +205,9 @@ class Samples(Dataset):
         drawn = draws.hashed(self.seed, _SUBSTITUTE, torch.tensor([position]), 10)[0] & 0x7FFFFFFFFFFFFFFF
         ids, lucky = (drawn % len(self)).tolist(), False
         for choice in range(first, len(ids)):
+            self.pulse(None)  # waiting for bytes is not decoding
             (raw,) = self.source.read(ids[choice : choice + 1])
+            self.pulse(position)
             image, _ = self._decoded(raw)
             if image is not None:
                 return raw, image, choice, lucky

@@ -30,7 +30,7 @@ Augment = Callable[[Image.Image, int], Image.Image]
 NUM_DRAWS = 23  # per sample and view: ten areas, ten aspect ratios, top, left, flip
 MAX_PIXELS = 89_478_485  # of one image, PIL's limit: 256 MiB of RGB
 _ATTEMPTS = 10
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # never those that run a program (EPS) or read other files
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # never those that run a program (EPS) or read other files
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -73,7 +73,7 @@ def decode(raw: Raw, channels: int = 3, *, exif: bool = False, max_pixels: int =
 def extension(raw: Raw) -> str:
     """How a file with these bytes would end. Raises DataError where they are no image."""
     try:
-        with Image.open(io.BytesIO(raw.image), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(raw.image), formats=FORMATS) as image:
             return {"JPEG": "jpg", "MPO": "jpg"}.get(image.format, image.format.lower())
     except Exception:  # as above
         raise DataError(f"{raw.where}: is no image of a known format; replace it or take it out") from None
@@ -93,7 +93,7 @@ def _decode_jpeg(content: bytes, max_pixels: int) -> Pixels | None:
 def _decode_any(content: bytes, channels: int, max_pixels: int) -> Pixels:
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # it raises at twice its own
-    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError
     image.load()
@@ -114,7 +114,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation -> what ma
 
 
 def _upright(pixels: Pixels, content: bytes) -> Pixels:
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as header:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as header:
         turn = _TURNS.get(header.getexif().get(ExifTags.Base.Orientation, 1))
     return np.ascontiguousarray(turn(pixels)) if turn else pixels
 

@@ -208,3 +208,22 @@ def test_names() -> None:
     assert shown("/a/b?c.tar") == "/a/b?c.tar"
     with pytest.raises(ConfigError, match=r"web servers? do(es)? not list"):
         HttpStore().find("http://a/*.tar")
+
+
+HEADERS = {
+    "a port that is none": "redirect https://example.com:999999/",
+    "an address that is none": "redirect https://[x/",
+    "a host that is none": "redirect https://x..y/",
+    "NAT64 of loopback": "redirect https://[64:ff9b::7f00:1]/",
+    "6to4 of loopback": "redirect https://[2002:7f00:1::]/",
+    "an IPv4 address in an IPv6 one": "redirect https://[::127.0.0.1]/",
+    "multicast": "redirect https://224.0.0.1/",
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_hostile_redirects_are_refused(server: WebServer, case: str) -> None:
+    server.faults = {"a.tar": [HEADERS[case]]}
+    with pytest.raises(DataError) as raised:
+        HttpStore(**QUICK).read(f"{server.url}/a.tar", 0, 10)
+    assert not isinstance(raised.value, Unreachable) and "\n" not in str(raised.value)

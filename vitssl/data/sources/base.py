@@ -6,6 +6,7 @@ lazily, so a worker process is handed one as it is.
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -60,6 +61,8 @@ def read_file(path: str | os.PathLike, *, key: str, label: int | None) -> Raw:
     """The sample that is a file of its own, or its problem."""
     where = printable(os.fspath(path))
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device might never end
+            return Raw(key, b"", label, where, f"{where}: is no file; take it out")
         with open(path, "rb") as file:
             if problem := too_large(where, os.fstat(file.fileno()).st_size):
                 return Raw(key, b"", label, where, problem)
@@ -67,6 +70,8 @@ def read_file(path: str | os.PathLike, *, key: str, label: int | None) -> Raw:
     except OSError as error:
         problem = f"{where}: cannot be read ({error.strerror or error}); put it back and start again"
         return Raw(key, b"", label, where, problem, passing=True)
+    except ValueError as error:  # no name that a file could have
+        return Raw(key, b"", label, where, f"{where}: cannot be read ({error}); take it out")
 
 
 def one_by_one(num_samples: int) -> NDArray[np.int64]:

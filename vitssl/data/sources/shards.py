@@ -28,7 +28,7 @@ from vitssl.errors import ConfigError, DataError
 Chunk = list[tuple[int, bytes]]
 """(offset in the shard, bytes), by offset."""
 _OPEN = 128  # descriptors a process keeps
-_MAPPED = 1024  # sidecars it keeps mapped
+_MAPPED = 128  # sidecars it keeps mapped, each with a descriptor
 
 
 class ShardSource:
@@ -47,9 +47,10 @@ class ShardSource:
     ) -> None:
         self.name = shortened(path)
         counts = read_wids(path, access) if isinstance(path, str) and path.lower().endswith(".json") else {}
-        shards = find_shards(list(counts) or path, access)
+        shards = list(counts) or find_shards(path, access)
         if len({is_url(shard) for shard in shards}) > 1:
             raise ConfigError(f"{self.name}: some shards are local and some are not; name them apart, in data.sources")
+        self._common = _common({parted(shard)[0] for shard in shards})
         self.manifest = index_shards(shards, access=access, progress=progress, counts=counts)
         rows = self.manifest.rows
         counts = rows["samples"]
@@ -101,12 +102,12 @@ class ShardSource:
         return tuple(map(str, classes))
 
     def _read(self, number: int, place: int, chunk: int, memory: int) -> Raw:
-        name, key, where, label = parted(self.manifest.shards[number])[1], f"number {place:,}", "", None
+        name, key, where, label = self._name(number), f"number {place:,}", "", None
         try:
             shard = self._index(number)
             key, offset, length, label, extension = shard.records[place].tolist()
             key, label = key.decode("utf-8", "replace"), label if label >= 0 else None
-            where = f"{shown(shard.shard)}: {printable(key)}.{extension.decode()} (byte {offset:,})"
+            where = f"{shown(shard.shard)}: {printable(key)}.{extension.decode('ascii', 'replace')} (byte {offset:,})"
             if length > MAX_BYTES:
                 raise DataError(f"has {length:,} bytes, more than {MAX_BYTES:,}; take it out")
             if self.by_chunk:
@@ -122,6 +123,10 @@ class ShardSource:
             reason = str(error) if not where or shown(self.manifest.shards[number]) in str(error) else f"{where}: {error}"
             return Raw(f"{name}/{key}", b"", label, where, reason, passing=isinstance(error, Unreachable))
         return Raw(f"{name}/{key}", image, label, where)
+
+    def _name(self, number: int) -> str:
+        """A shard's own in keys: its path below the folder that all of them lie in."""
+        return "/".join(parted(self.manifest.shards[number]))[self._common :].lstrip("/")
 
     def _chunk_of(self, ids: NDArray) -> NDArray:
         return np.searchsorted(self._chunk_starts, ids, side="right") - 1
@@ -141,7 +146,8 @@ class ShardSource:
         spans = [(start, stop - start)]
         if stop - start > 2 * int(records["length"].sum()) + (1 << 20):
             spans = [(int(record["offset"]), int(record["length"])) for record in records]
-        return [(first, remote.read(shard, first, length, size, self.manifest.access)) for first, length in spans]
+        options = {"identity": self._index(number).identity}
+        return [(first, remote.read(shard, first, length, size, self.manifest.access, **options)) for first, length in spans]
 
     def _index(self, number: int) -> ShardIndex:
         index = self._indexes.get(number)
@@ -173,6 +179,13 @@ class ShardSource:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
+
+
+def _common(folders: set[str]) -> int:
+    """Length of the folder that all of these lie in."""
+    levels = list(zip(*(folder.split("/") for folder in folders)))
+    shared = next((number for number, names in enumerate(levels) if len(set(names)) > 1), len(levels))
+    return len("/".join(names[0] for names in levels[:shared]))
 
 
 def _bytes(chunk: Chunk) -> int:

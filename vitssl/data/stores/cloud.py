@@ -71,9 +71,8 @@ class CloudStore:
             except PermissionError as error:
                 raise DataError(f"{shown(url)}: is forbidden ({_in_words(error)}); look at your credentials") from None
             except TypeError as error:
-                raise ConfigError(
-                    f"data.storage={self.storage}: {self.scheme}:// takes none such ({_in_words(error)})"
-                ) from None
+                named = ", ".join(self.storage)  # their values may be secrets
+                raise ConfigError(f"data.storage ({named}): {self.scheme}:// takes none such ({_in_words(error)})") from None
             except Exception as error:  # each library has failures of its own
                 if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
                     raise DataError(

@@ -54,7 +54,7 @@ class HttpStore:
                     answer.read()  # one byte: the connection is kept
                     return Stat(_span(url, answer)[2], tag, ranges=True)
                 size = answer.headers.get("Content-Length", "")
-                if not size.isdigit():
+                if not _is_number(size):
                     raise DataError(f"{shown(url)}: the server does not say how long it is; use another server or a local copy")
                 return Stat(int(size), tag, ranges=False)
 
@@ -102,7 +102,7 @@ class HttpStore:
                     file.seek(start)
                     file.truncate()
                 stated = answer.headers.get("Content-Length", "")
-                if file.tell() == start and stated.isdigit():
+                if file.tell() == start and _is_number(stated):
                     size = int(stated)
                 for piece in self._pieces(answer):
                     file.write(piece)
@@ -137,6 +137,8 @@ class HttpStore:
                 reason, won = "the answer ended early", gained() > before
             except _Busy as busy:
                 reason, pause = f"status {busy.status}", max(pause, busy.pause)
+            except ValueError as error:  # an address or a header that is none
+                raise DataError(f"{shown(url)}: {_in_words(error)}; name another address") from None
             except Unreachable as error:  # a trickle wins nothing
                 reason = str(error).partition(": ")[2] or str(error)
             except (HTTPError, OSError) as error:
@@ -223,7 +225,7 @@ class _Busy(Exception):
 def _judge(url: str, answer: urllib3.BaseHTTPResponse) -> None:
     if answer.status in _BUSY:
         after = answer.headers.get("Retry-After", "")
-        raise _Busy(answer.status, float(after) if after.isdigit() else 0.0)
+        raise _Busy(answer.status, float(after) if _is_number(after) else 0.0)
     if answer.status in (200, 206, 416):
         return
     words = {401: "wants credentials", 403: "is forbidden", 404: "is not there", 410: "is gone"}
@@ -234,10 +236,14 @@ def _judge(url: str, answer: urllib3.BaseHTTPResponse) -> None:
 def _span(url: str, answer: urllib3.BaseHTTPResponse) -> tuple[int, int, int]:
     """(first, last, size) of a partial answer."""
     said = answer.headers.get("Content-Range", "")
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said.strip())
+    found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", said.strip())
     if not found:
         raise DataError(f"{shown(url)}: the server answers with a range of {said[:40]!r}; use another server or a local copy")
     return int(found[1]), int(found[2]), int(found[3])
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,18}", text) is not None
 
 
 def _in_words(error: Exception) -> str:
@@ -256,7 +262,20 @@ def _public(host: str) -> bool:
         found = {info[4][0] for info in socket.getaddrinfo(host, None)}
     except OSError:
         return True
-    return all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in found)
+    return all(_is_public(ipaddress.ip_address(address.partition("%")[0])) for address in found)
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Not so where the address, or the IPv4 address inside it, is a private or a shared one."""
+    inner = None
+    if address.version == 6:
+        compatible = int(address) >> 32 in (0, 0x64FF9B << 64)  # ::a.b.c.d, and NAT64's 64:ff9b::a.b.c.d
+        inner = (
+            address.ipv4_mapped
+            or address.sixtofour
+            or (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if compatible else None)
+        )
+    return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
 
 
 def _credentials(url: str) -> dict[str, str]:

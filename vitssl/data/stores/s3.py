@@ -97,7 +97,8 @@ class S3Store:
             try:
                 self._made = os.getpid(), boto3.session.Session().client("s3", config=config, **options)
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"data.storage={self.storage}: s3:// takes no such options ({error})") from None
+                named = ", ".join(self.storage)  # their values may be secrets
+                raise ConfigError(f"data.storage ({named}): s3:// takes no such options ({error})") from None
         return self._made[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""Remote shards that change, lie, or are looked at: what is cached is theirs, and what they say is checked."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from webserver import WebServer, serving, url
+
+from vitssl.data.index import SUFFIX
+from vitssl.data.loader import evaluation_batches
+from vitssl.data.manifest import NAME, index_shards
+from vitssl.data.order import Order
+from vitssl.data.samples import Samples
+from vitssl.data.sources import open_source
+from vitssl.data.sources.base import cut
+from vitssl.data.stores import Access
+from vitssl.errors import DataError
+from vitssl.views import View
+
+VIEW = View(size=(8, 8), scale=(0.3, 1.0))
+
+
+def test_the_cache_holds_its_limit_and_knows_what_it_holds(
+    server: WebServer, shards: Path, tmp_path: Path, write_tar: Callable
+) -> None:
+    """Also through the source: entries are far smaller than the limit, and shards change under their names."""
+    access = Access(cache=tmp_path / "cache", cache_bytes=40_000)
+    source = open_source(url(server), access=access)
+    source.chunks = cut(source.manifest.rows["samples"], 2)
+    source._chunk_starts = np.cumsum(source.chunks) - source.chunks
+    before = [raw.image for raw in source.read(range(100))]
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) <= 45_000
+    members = {f"{key:04d}.png": before[99 - key] for key in range(40)}
+    for key in range(40):
+        members[f"{key:04d}.cls"] = b"1"
+    write_tar(shards / "train-000.tar", members)
+    index_shards(source.manifest.shards, fresh=True)
+    again = open_source(url(server), access=access)
+    assert [raw.image for raw in again.read(range(40))] == [before[99 - key] for key in range(40)]
+
+
+def test_a_server_without_ranges_whose_file_changes(shards: Path, write_tar: Callable, encoded: Callable) -> None:
+    with serving(shards, ranges=False) as server:
+        assert open_source(f"{server.url}/train-000.tar").read([0])[0].image == encoded(0)
+        write_tar(shards / "train-000.tar", {f"{key}.png": encoded(key + 7) for key in range(60)})
+        index_shards([f"{server.url}/train-000.tar"], fresh=True)
+        source = open_source(f"{server.url}/train-000.tar")
+        assert source.num_samples == 60 and source.read([0])[0].image == encoded(7)
+
+
+def test_hostile_words_about_shards(server: WebServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sidecars, manifests and counts of a server that means ill: made anew or refused in one line."""
+    open_source(shards)
+    sidecar, manifest = shards / f"train-000.tar{SUFFIX}", shards / NAME
+    line, _, records = sidecar.read_bytes().partition(b"\n")
+    head = json.loads(line)
+    lies = [{"num_unlabelled": "x"}, {"ignored": 10**30}, {"num_unlabelled": 7}, {"key_bytes": -1}, {"num_samples": 10**15}]
+    words = [json.dumps(head | lie).encode() + b"\n" + records for lie in lies] + [b"[" * 100_000]
+    words.append(line + b"\n" + records.replace(b"png", b"\xff\xfe\xfd"))
+    for number, content in enumerate(words):
+        monkeypatch.setenv("VITSSL_CACHE", str(tmp_path / str(number)))
+        sidecar.write_bytes(content)
+        assert all(raw.image and raw.label is not None for raw in open_source(url(server)).read(range(40)))
+    manifest.write_bytes(b"[" * 100_000)
+    monkeypatch.setenv("VITSSL_CACHE", str(tmp_path / "manifest"))
+    assert open_source(url(server)).num_samples == 100
+    listed = {
+        "[" * 100_000: "is no wids index",
+        json.dumps({"shardlist": [{"url": "a.tar", "nsamples": 10**30}]}): "an nsamples that is no count",
+        json.dumps({"shardlist": [{"url": str(shards / "train-000.tar"), "nsamples": 40}]}): "names files of this machine",
+    }
+    for content, said in listed.items():
+        (shards / "index.json").write_text(content)
+        with pytest.raises(DataError, match=said):
+            open_source(f"{server.url}/index.json")
+
+
+def test_evaluation_reads_about_once(server: WebServer, shards: Path) -> None:
+    source = open_source(url(server))
+    source.chunks = cut(source.manifest.rows["samples"], 2)
+    source._chunk_starts = np.cumsum(source.chunks) - source.chunks
+    for workers in (0, 2):
+        server.requests.clear()
+        samples = Samples(
+            pickle.loads(pickle.dumps(source)), Order(source.chunks, seed=0, lanes=1, shuffle=False), [VIEW], seed=0
+        )
+        assert sum(len(batch) for batch in evaluation_batches(samples, batch_size=10, workers=workers)) == 100
+        assert sum(path.endswith(".tar") for path, _ in server.requests) <= len(source.chunks) + 10
