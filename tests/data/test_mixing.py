@@ -96,3 +96,9 @@ def test_labels_of_joined_sources_are_the_first_ones(classes: Callable, shards: 
     with pytest.raises(DataError, match="classes are not among those of"):
         Joined([classes("b", "d"), classes("a", "e")], [1, 1])
     assert open_source(shards).label_array() is not None
+
+
+def test_loaders_of_a_mixture_divide_its_memory(classes: Callable) -> None:
+    source = Joined([classes("a", "b"), classes("b", "a")], [1, 2])
+    samples = training_samples(source, DataConfig(memory=1.0), [View((8, 8))], seed=1, lanes=[2, 2], channels=3)
+    assert samples.memory == 1 << 30 and samples.among(4, 8).memory == (1 << 30) // 32

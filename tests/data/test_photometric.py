@@ -122,3 +122,11 @@ def test_a_view_s_colours_follow_seed_and_position_and_leave_its_crop() -> None:
     torch.testing.assert_close(seen(batch, coloured, other, seed=1), (found - 0.5) / 0.25)
     with pytest.raises(ValueError, match="of 3 channels, not 1"):
         photometric(images(2)[:, :1], ALL, numbers(2))
+
+
+@pytest.mark.parametrize("sigma", [0.4, 2.0, 5.0])
+def test_blurs_together_are_those_alone(sigma: float) -> None:
+    alone, together = images(2), images(2)
+    module._blur(alone, sigma)
+    module._blur(together, torch.full((2, 1, 1, 1), sigma), sigma)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
