@@ -32,7 +32,9 @@ def test_the_cache_holds_its_limit_and_knows_what_it_holds(
     source.chunks = cut(source.manifest.rows["samples"], 2)
     source._chunk_starts = np.cumsum(source.chunks) - source.chunks
     before = [raw.image for raw in source.read(range(100))]
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) <= 45_000
+    assert (
+        sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) <= 80_000
+    )  # of 128,000: sixteen threads write at once
     members = {f"{key:04d}.png": before[99 - key] for key in range(40)}
     for key in range(40):
         members[f"{key:04d}.cls"] = b"1"

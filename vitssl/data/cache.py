@@ -20,7 +20,7 @@ _LOOK = 0.01  # of the limit, bytes that one process writes between two looks at
 
 
 class DiskCache:
-    """``limit`` in bytes, over all processes (each may exceed it by a hundredth for a moment)."""
+    """``limit`` in bytes, over all processes (each may exceed it by a hundredth, and what its threads write, for a moment)."""
 
     def __init__(self, folder: Path, *, limit: int) -> None:
         self.folder, self.limit = folder, limit
