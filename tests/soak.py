@@ -25,6 +25,7 @@ from tests.webserver import serving
 from vitssl.config import build
 from vitssl.data.feed import evaluation_samples, share, training_samples
 from vitssl.data.loader import batches
+from vitssl.data.order import Layout
 from vitssl.data.sources import open_source
 from vitssl.data.stores import Access, http
 from vitssl.sections import DataConfig
@@ -96,7 +97,7 @@ def soak(folder: Path, *, minutes: float, workers: int) -> int:
     try:
         access = Access(cache=folder / "cache", cache_bytes=20_000_000)
         source, local = open_source(f"{mine.recv()}/s-{{000..011}}.tar", access=access), open_source(folder / "near")
-        samples = training_samples(source, config, [VIEW], seed=0, lanes=[4], channels=3, batch_size=64)
+        samples = training_samples(source, config, [VIEW], seed=0, layouts=[Layout(4, 1024)], channels=3, batch_size=64)
         looked_at = evaluation_samples(local, config, [VIEW], channels=3)
         while time.monotonic() < end:
             feed = batches(samples, start=images, stop=None, batch_size=64, micro_batch=64, workers=workers)

@@ -30,7 +30,7 @@ PLAN = Plan(
     precision="bf16",
     device="cuda",
     workers=7,
-    lanes=[16],
+    layouts=[[16, 1024, None]],
     parameters={"decay": 85_000_000, "no_decay": 120_000, "frozen": 151_296},
     memory={"parameters": 2**29, "activations (estimate)": 3 * 2**30},
 )

@@ -31,8 +31,9 @@ class Plan:
     precision: str
     device: str
     workers: int
-    lanes: list[int]  # of each source
+    layouts: list[list[int | None]]  # of each source: lanes, window, samples of a chunk
     readers: int = 1  # loader processes that each remote byte is read by
+    costs: list[str] = field(default_factory=list)  # of reading this data, in words
     parameters: dict[str, int] = field(default_factory=dict)  # per rule, counted once each
     memory: dict[str, int] = field(default_factory=dict)  # bytes per process
 
@@ -52,12 +53,13 @@ class Plan:
         factors = f"{self.processes} x {self.micro_batch} x {self.accumulation}"
         meet = f", {self.loss_batch} meet in one loss" if self.loss_batch > 1 else ""
         ignored = f" ({self.ignored:,} other files ignored)" if self.ignored else ""
-        lanes = " + ".join(map(str, self.lanes))
+        lanes = " + ".join(str(lanes) for lanes, *_ in self.layouts)
         twice = f", {self.readers} of which read each byte" if self.readers > 1 else ""
         batch = f"{self.batch_size} = {factors} (processes x micro-batch x accumulation){meet}"
         then = "then half cosine" if self.warmup_steps < self.steps else "longer than the run: this rate is never reached"
         return [
             ("data", f"{self.samples:,} images{ignored}, {lanes} lanes, {self.workers} loader processes each{twice}"),
+            *(("note", cost) for cost in self.costs),
             ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),
             ("batch", batch),
             ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, {then}"),

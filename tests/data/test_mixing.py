@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitssl.config import build
-from vitssl.data.feed import choose_lanes, open_configured, training_samples
+from vitssl.data.feed import open_configured, training_samples
+from vitssl.data.layout import choose_layouts
 from vitssl.data.mixing import BLOCK, MixedOrder
-from vitssl.data.order import Order
+from vitssl.data.order import Layout, Order
 from vitssl.data.sources import Joined, open_source
 from vitssl.errors import ConfigError, DataError
 from vitssl.sections import DataConfig
@@ -75,8 +76,9 @@ def test_a_mixture_of_configured_sources(shards: Path, classes: Callable, tmp_pa
     assert isinstance(source, Joined) and source.num_samples == 107 and not source.labels and source.label_array() is None
     raws = source.read([106, 0, 100, 99])
     assert [raw.key for raw in raws] == ["1:more.tar/6", "0:train-000.tar/0000", "1:more.tar/0", "0:train-002.tar/0099"]
-    assert choose_lanes(source, config) == [2, 2]
-    samples = training_samples(source, config, [View((8, 8))], seed=1, lanes=[2, 2], channels=3)
+    layouts = choose_layouts(source, config)
+    assert [each.lanes for each in layouts] == [2, 2]
+    samples = training_samples(source, config, [View((8, 8))], seed=1, layouts=layouts, channels=3)
     batch = samples.__getitems__(range(400))
     assert sum(key.startswith("0:") for key in batch.keys) == 300
     assert len(set(batch.keys[:130])) > 90  # 98 of the one, all 7 of the other
@@ -100,5 +102,7 @@ def test_labels_of_joined_sources_are_the_first_ones(classes: Callable, shards: 
 
 def test_loaders_of_a_mixture_divide_its_memory(classes: Callable) -> None:
     source = Joined([classes("a", "b"), classes("b", "a")], [1, 2])
-    samples = training_samples(source, DataConfig(memory=1.0), [View((8, 8))], seed=1, lanes=[2, 2], channels=3)
+    samples = training_samples(
+        source, DataConfig(memory=1.0), [View((8, 8))], seed=1, layouts=[Layout(2, 1024)] * 2, channels=3
+    )
     assert samples.memory == 1 << 30 and samples.among(4, 8).memory == (1 << 30) // 32

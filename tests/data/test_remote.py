@@ -182,51 +182,6 @@ def test_what_is_refused(server: WebServer, shards: Path) -> None:
         open_source(f"{server.url}/train-009.tar")
 
 
-@pytest.mark.parametrize("form", ["sizes.json", "wids", "wids by url"])
-def test_counts_of_others_spare_the_indexing(shards: Path, server: WebServer, form: str) -> None:
-    counts = {f"train-00{number}.tar": count for number, count in enumerate((40, 23, 37))}
-    listed = [{"url": f"{server.url}/{name}" if "url" in form else name, "nsamples": count} for name, count in counts.items()]
-    (shards / "sizes.json").write_text(json.dumps(counts))
-    (shards / "index.json").write_text(json.dumps({"wids_version": 1, "shardlist": listed}))
-    path = url(server) if form == "sizes.json" else f"{server.url}/index.json"
-    if form != "sizes.json":
-        (shards / "sizes.json").unlink()
-    source = open_source(path, access=Access(index_budget=0))
-    assert (source.num_samples, source.labels, source.num_unlabelled) == (100, False, 100)
-    assert server.bytes < 5000, "nothing is read before it is needed"
-    again = open_source(path, access=Access(index_budget=0))
-    near = open_source(shards / "index.json" if form == "wids" else shards)
-    assert again.fingerprint == source.fingerprint != near.fingerprint
-    assert [raw.image for raw in source.read(range(100))] == [raw.image for raw in near.read(range(100))]
-
-
-def test_counts_that_are_wrong(shards: Path, server: WebServer) -> None:
-    (shards / "sizes.json").write_text(json.dumps({f"train-00{number}.tar": 40 for number in range(3)}))
-    raws = open_source(url(server)).read(range(120))
-    assert all(raw.image for raw in raws[:40])
-    assert "train-001.tar: holds 23 samples, 40 were counted; correct the count" in raws[40].problem
-    assert all(raw.problem and not raw.passing for raw in raws[40:])
-    for content, words in {
-        '{"a.tar": -1}': r"sizes\.json: is not JSON of file names and counts",
-        "[1]": r"sizes\.json: is not JSON of file names and counts",
-        "{": r"sizes\.json: is not JSON of file names and counts",
-    }.items():
-        (shards / "sizes.json").write_text(content)
-        with pytest.raises(DataError, match=words):
-            open_source(url(server))
-    (shards / "sizes.json").unlink()
-    for content, words in {
-        '{"shardlist": []}': "its shardlist is empty",
-        '{"shardlist": [{"url": "a.tar", "nsamples": 0}]}': "an nsamples that is no count",
-        '{"shardlist": [{"url": "a.tar"}]}': "is no wids index",
-        "{": "is no wids index",
-    }.items():
-        (shards / "index.json").write_text(content)
-        for path in (f"{server.url}/index.json", str(shards / "index.json")):
-            with pytest.raises(DataError, match=words):
-                open_source(path)
-
-
 def test_large_members_between_images_are_not_fetched(tmp_path: Path, write_tar: Callable, encoded: Callable) -> None:
     (tmp_path / "web").mkdir()
     members = {}

@@ -14,7 +14,7 @@ from vitssl.config import build
 from vitssl.data import transforms
 from vitssl.data.feed import training_samples
 from vitssl.data.loader import batches
-from vitssl.data.order import Order
+from vitssl.data.order import Layout, Order
 from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.sources import open_source
 from vitssl.errors import ConfigError
@@ -44,7 +44,9 @@ def samples(shards: Path) -> Callable:
 
     def make(where: str, **settings: object):
         config = build(DataConfig, {"repeats": 3, "repeats_in": where, **settings}, where="here")
-        return training_samples(open_source(shards), config, VIEWS, seed=3, lanes=[6], channels=3, batch_size=12)
+        return training_samples(
+            open_source(shards), config, VIEWS, seed=3, layouts=[Layout(6, config.window)], channels=3, batch_size=12
+        )
 
     return make
 

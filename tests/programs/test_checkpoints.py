@@ -119,8 +119,8 @@ def test_what_it_holds(exported) -> None:
     assert {path.suffix if path.name != "LATEST" else path.name for path in files} == {".safetensors", ".json", "LATEST"}
     manifest = json.loads((exported.checkpoints()[-1] / MANIFEST).read_text())
     data = manifest["facts"].pop("data")
-    assert data["samples"] == 60 and len(data["fingerprint"]) == 32
-    assert manifest["step"] == 20 and manifest["facts"] == {"samples": 160, "lanes": [1], "updates": 20}
+    assert data["samples"] == 60 and len(data["fingerprint"]) == 65
+    assert manifest["step"] == 20 and manifest["facts"] == {"samples": 160, "layouts": [[1, 1024, 16]], "updates": 20}
     tensors = exported.tensors()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     state = {name.removeprefix("state/") for name in tensors if name.startswith("state/")}

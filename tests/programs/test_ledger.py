@@ -11,6 +11,7 @@ import pytest
 from vitssl.config import build
 from vitssl.data import ledger
 from vitssl.data.feed import open_configured, training_samples
+from vitssl.data.layout import choose_layouts
 from vitssl.sections import DataConfig
 
 KILL = """
@@ -54,8 +55,8 @@ def test_no_repeat_and_no_gap(start: Callable, data: Path, tmp_path: Path, sourc
     found = entries(tmp_path / "run")
     assert sorted(found) == list(range(25 * 8))
     source = open_configured(build(DataConfig, values, where="here"), key="data")
-    lanes = [1, 1] if sources else [1]
-    order = training_samples(source, DataConfig(), [], seed=0, lanes=lanes, channels=3).order
+    layouts = choose_layouts(source, DataConfig())
+    order = training_samples(source, DataConfig(), [], seed=0, layouts=layouts, channels=3).order
     wanted = [raw.key for raw in source.read(order.locate(range(200)))]
     assert [found[position] for position in range(200)] == wanted
     if not sources:  # 200 positions of 60 samples: three epochs whole, and a third of the next

@@ -11,6 +11,7 @@ import torch
 from vitssl import draws
 from vitssl.data.feed import training_samples
 from vitssl.data.loader import batches
+from vitssl.data.order import Layout
 from vitssl.data.sources import open_source
 from vitssl.masks import random_keep
 from vitssl.sections import DataConfig
@@ -57,7 +58,7 @@ def test_the_config_it_wrote_makes_the_same_run(start: Callable, tmp_path: Path,
 def test_processes_share_the_samples_crops_and_masks_of_one(data: Path, world: int, micro_batch: int, workers: int) -> None:
     """At the loader's level: what two or four processes are given is row by row what one is given, across an epoch's border."""
     source = open_source(data, split="train")
-    samples = training_samples(source, DataConfig(), [VIEW], seed=3, lanes=[1], channels=3, labels=True)
+    samples = training_samples(source, DataConfig(), [VIEW], seed=3, layouts=[Layout(1, 1024)], channels=3, labels=True)
 
     def rows(rank: int, world: int, micro_batch: int, workers: int) -> dict[int, tuple]:
         found = {}

@@ -25,7 +25,8 @@ from torch.utils.data import default_collate
 
 from vitssl.data import transforms
 from vitssl.data.augment import Normalize, seen
-from vitssl.data.feed import BATCH, choose_lanes, choose_workers, training_samples
+from vitssl.data.feed import BATCH, training_samples
+from vitssl.data.layout import choose_layouts, choose_workers
 from vitssl.data.loader import batches
 from vitssl.data.samples import Samples
 from vitssl.data.sources import ShardSource, Source
@@ -52,8 +53,8 @@ def bench_data(
     ``step_rate`` is how many images/s training takes where data cost nothing: with it, advice is given.
     """
     views = tuple(views)
-    lanes = choose_lanes(source, config)
-    samples = training_samples(source, config, views, seed=0, lanes=lanes, channels=channels)
+    layouts = choose_layouts(source, config)
+    samples = training_samples(source, config, views, seed=0, layouts=layouts, channels=channels)
     makers: dict[str, Callable[[], Iterator[int]]] = {
         "ours": lambda: _ours(samples, config, device),
         "torchvision": lambda: _torchvision(samples, config, views),

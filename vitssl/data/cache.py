@@ -53,7 +53,7 @@ class DiskCache:
         """
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             if not _whole(path):
                 digest = self._write(path, fill)
                 path.with_suffix(".sum").write_bytes(digest)
@@ -87,7 +87,7 @@ class DiskCache:
 
     def _shrink(self) -> None:
         """Drop the least recently used entries of a cache that is over its limit; one process at a time, others go on."""
-        with _locked(self.folder / "lock", wait=False) as mine:
+        with locked(self.folder / "lock", wait=False) as mine:
             if not mine:
                 return
             entries = [(found.st_mtime_ns, found.st_size, path) for path, found in self._entries()]
@@ -127,7 +127,7 @@ def _whole(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock file; yields whether it is held (always, where one waits)."""
     with open(path, "a") as file:
         try:

@@ -1,8 +1,6 @@
-"""From the config's data sections to samples and batches: the one place that chooses orders, lanes and workers."""
+"""From the config's data sections to samples and batches."""
 
 import json
-import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +9,11 @@ import numpy as np
 from vitssl import dist, draws
 from vitssl.data.loader import evaluation_batches
 from vitssl.data.mixing import MixedOrder
-from vitssl.data.order import Order, default_lanes
+from vitssl.data.order import Layout, Order
 from vitssl.data.quarantine import Decided, read_quarantine
 from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.samples import Samples
-from vitssl.data.sources import Joined, Source, Subset, open_source
+from vitssl.data.sources import Joined, ShardSource, Source, Subset, open_source
 from vitssl.data.stores import Access
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError, DataError, UserError
@@ -68,26 +66,25 @@ def training_samples(
     views: Iterable[View],
     *,
     seed: int,
-    lanes: Sequence[int],
+    layouts: Sequence[Layout],
     channels: int,
     labels: bool = False,
     augment: Augment | None = None,
     passing: Mapping[int, Decided] | None = None,
     batch_size: int | None = None,
 ) -> Samples:
-    """Samples in the run's shuffled order; ``lanes`` are those of each part that the run was started with.
+    """Samples in the run's shuffled order; ``layouts`` are those of each part that the run was started with.
 
     ``passing`` are positions of this run that the network decided, which a continued run follows. Repeats need the global
     ``batch_size``. Raises ConfigError where it does not divide.
     """
     parts = source.parts if isinstance(source, Joined) else [source]
     seeds = [seed, *(draws.fold(seed, _PART, number) for number in range(1, len(parts)))]
-    options = zip(parts, lanes, seeds, strict=True)
-    memory = round(config.memory * 2**30)
     orders = []
-    for part, count, own in options:
-        window = choose_window(part, config.window, lanes=count, memory=memory // len(parts))
-        orders.append(Order(part.chunks, seed=own, lanes=count, window=window))
+    for part, layout, own in zip(parts, layouts, seeds, strict=True):
+        if isinstance(part, ShardSource) and layout.chunk is not None:
+            part.recut(layout.chunk)
+        orders.append(Order(part.chunks, seed=own, lanes=layout.lanes, window=layout.window))
     order = MixedOrder(orders, source.weights, seed=seed) if isinstance(source, Joined) else orders[0]
     if config.repeats > 1:
         order = RepeatedOrder(order, repeats=config.repeats, stride=_stride(config, batch_size or BATCH))
@@ -95,7 +92,7 @@ def training_samples(
     known = read_quarantine(config.quarantine)
     known = known._replace(positions={**known.positions, **(passing or {})})
     bad = {"substitute": config.max_bad_fraction > 0, "quarantine": known}
-    return Samples(source, order, views, memory=memory, **bad, **_decoding(config), **options)
+    return Samples(source, order, views, memory=round(config.memory * 2**30), **bad, **_decoding(config), **options)
 
 
 def _stride(config: DataConfig, batch_size: int) -> int:
@@ -149,42 +146,3 @@ def share(samples: Samples, *, tell: Callable[[str], None], batch_size: int = 12
         raise DataError(f"{samples.source.name}: none of {len(samples):,} images can be used; the first: {bad[0]}")
     if bad:
         tell(f"{len(bad):,} of {len(samples):,} images of {samples.source.name} left out; the first: {bad[0]}")
-
-
-def choose_lanes(source: Source, config: DataConfig, *, loaders: int = 1) -> list[int]:
-    """Of each part: the config's lanes, else by its samples, so that any number of processes (to about 60) trains the same."""
-    found = []
-    for part in source.parts if isinstance(source, Joined) else [source]:
-        if config.lanes is not None and config.lanes > part.num_samples:
-            raise ConfigError(f"data.lanes={config.lanes}: there are only {part.num_samples:,} samples; take fewer, or null")
-        found.append(config.lanes or default_lanes(part.num_samples, loaders))
-    return found
-
-
-def choose_window(source: Source, window: int, *, lanes: int, memory: int) -> int:
-    """Samples that are shuffled together in each lane. By chunk: what fits ``memory`` with the half of it that is read ahead
-    and the chunks that it begins and ends in."""
-    if not source.by_chunk:
-        return window
-    room = memory / max(1, source.mean_bytes) / lanes  # samples of a lane
-    return max(1, min(window, int((room - 2 * source.chunks.mean()) / 1.5)))
-
-
-def choose_workers(config: DataConfig, *, device: str) -> int:
-    """Loader processes for each training process: the config's, else the cores that training leaves (on a CPU: one)."""
-    if config.workers is not None:
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world()))
-    return 1 if device == "cpu" else max(1, min(16, cores // max(1, local) - 1))
-
-
-def whole_lanes(source: Source, config: DataConfig, *, lanes: Sequence[int], workers: int) -> tuple[int, int]:
-    """(workers, how many processes read each byte) by chunk: fewer workers than chosen, if each then has lanes of its own."""
-    if not source.by_chunk:
-        return workers, 1
-    if config.workers is None:
-        fitting = [fewer for fewer in range(1, workers + 1) if lanes[0] % (dist.world() * fewer) == 0]
-        workers = max(fitting, default=workers)
-    loaders = dist.world() * max(1, workers)
-    return workers, loaders // math.gcd(loaders, lanes[0] if len(lanes) == 1 else 1)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from vitssl.data import remote, tarscan
+from vitssl.data.cache import locked
 from vitssl.data.stores import USUAL, Access, Unreachable, beside, is_url, shown
 from vitssl.errors import DataError
 
@@ -102,6 +103,14 @@ def build_index(shard: str, access: Access = USUAL) -> ShardIndex:
         index.sidecar = str(path)
         break
     return index
+
+
+def index_once(shard: str, access: Access) -> ShardIndex:
+    """The index of a remote shard, which is fetched for that by one process of this machine while others wait."""
+    lock = cached(shard, ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock):
+        return load_index(shard, access=access) or build_index(shard, access)
 
 
 def _sidecars(shard: str) -> tuple[Path, ...]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vitssl.data import remote
 from vitssl.data.counts import counts_beside
-from vitssl.data.index import ShardIndex, build_index, cached, load_index, replace_file
+from vitssl.data.index import ShardIndex, build_index, cached, index_once, load_index, replace_file
 from vitssl.data.pool import side_by_side
 from vitssl.data.stores import USUAL, Access, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
@@ -46,6 +46,11 @@ class Manifest:
     access: Access = USUAL
     kept: dict[int, ShardIndex] = field(default_factory=dict)  # indexes that no place could be found for
 
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """[S] whether nothing but the number of a shard's samples is known yet."""
+        return _only_counted(self.rows)
+
     def open(self, number: int) -> ShardIndex:
         """The index of a shard. Raises DataError where it is no longer the one that this manifest counted."""
         if number in self.kept:
@@ -55,7 +60,7 @@ class Manifest:
             identity = None
         found = load_index(shard, identity=identity, access=self.access)
         if found is None and is_url(shard):  # the manifest came with the data, the sidecar did not
-            found = build_index(shard, self.access)
+            found = index_once(shard, self.access)
             if not counted and found.identity != identity:
                 raise DataError(f"{shown(shard)}: changed since it was indexed; run  vitssl index  again")
         if counted and found is not None and found.num_samples != (said := int(self.rows["samples"][number])):
@@ -114,8 +119,12 @@ def index_shards(
         rows["samples"][number], rows["unlabelled"][number], rows["ignored"][number] = counts
     for folder in {parted(shards[number])[0] for number in found}:
         mine = rows[folders[folder]]
-        _merge(folder, mine[~np.char.startswith(mine["identity"], _COUNTED.encode())], access)
+        _merge(folder, mine[~_only_counted(mine)], access)
     return Manifest(shards, rows, access, {number: index for number, index in found.items() if index.sidecar is None})
+
+
+def _only_counted(rows: NDArray) -> NDArray[np.bool_]:
+    return np.char.startswith(rows["identity"], _COUNTED.encode())
 
 
 def _load(shards: list[str], numbers: list[int], rows: NDArray, access: Access) -> dict[int, ShardIndex | None]:

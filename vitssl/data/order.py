@@ -6,8 +6,10 @@ samples is cut into ``lanes`` segments that differ by at most one sample; inside
 was asked before. Chunks are what is read together, lanes what makes neighbours in a batch come from far apart.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +26,26 @@ _LANES = (1, 2, 4, 6, 12, 24, 60, 120, 240, 360, 720, 840, 1260, 1680, 2520, 504
 _USUAL = 240  # lanes that are enough for any mixing, and for 60 processes that read
 
 
-def default_lanes(num_samples: int, loaders: int = 1) -> int:
+class Layout(NamedTuple):
+    """What the order over a source depends on besides its samples and the seed.
+
+    ``chunk``, samples of a chunk, where that is a choice and not the data's. A run records it: what is chosen may depend on
+    what is known of the data today, and on the machine.
+    """
+
+    lanes: int
+    window: int
+    chunk: int | None = None
+
+
+def default_lanes(num_samples: int, loaders: int = 1, *, most: float = math.inf) -> int:
     """The largest highly divisible number of at most ``num_samples`` / 1000 and 240, so that any machine trains the same run.
 
-    More than 240 only where more than 60 ``loaders`` read side by side: then the smallest that gives each of them four.
+    More than 240 only where more than 60 ``loaders`` read side by side: then the smallest that gives each of them four. Never
+    more than ``most``, which are those that memory has room for.
     """
     enough = min((lanes for lanes in _LANES if lanes >= max(_USUAL, 4 * loaders)), default=_LANES[-1])
-    return max(lanes for lanes in _LANES if lanes == 1 or lanes <= min(enough, num_samples / 1000))
+    return max(lanes for lanes in _LANES if lanes == 1 or lanes <= min(enough, most, num_samples / 1000))
 
 
 def default_chunk(num_samples: int, mean_bytes: int | None = None) -> int:

@@ -15,7 +15,7 @@ import yaml
 from vitssl import dist
 from vitssl.config import difference, dump
 from vitssl.data import ledger, quarantine
-from vitssl.data.sources import Source
+from vitssl.data.sources import Source, same_samples
 from vitssl.errors import CheckpointError, ConfigError, DataError
 from vitssl.plan import Plan
 from vitssl.report import Report
@@ -81,7 +81,7 @@ def starting_point(folder: Path, config: ProgramConfig, report: Report) -> tuple
 def refuse_other_data(saved: Saved, source: Source, *, where: Path) -> None:
     """Raise DataError where the samples are not those that the checkpoint was made with: their order would be another."""
     then = saved.facts["data"]
-    if then["fingerprint"] != source.fingerprint:
+    if not same_samples(then["fingerprint"], source.fingerprint):
         same = then["samples"] == source.num_samples
         change = "other images, as many as then" if same else f"{then['samples']:,} images then, {source.num_samples:,} now"
         raise DataError(

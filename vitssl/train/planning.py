@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vitssl import dist
-from vitssl.data.feed import choose_lanes, choose_workers, whole_lanes
+from vitssl.data.layout import choose_layouts, choose_workers, costs, whole_lanes
 from vitssl.data.sources import Source
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
@@ -56,8 +56,8 @@ def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
     groups = group_parameters(task)
     each = activations(task.stacks(), config, precision)
     chosen = choose_workers(config.data, device=device)
-    lanes = choose_lanes(source, config.data, loaders=dist.world() * max(1, chosen))
-    workers, readers = whole_lanes(source, config.data, lanes=lanes, workers=chosen)
+    layouts = choose_layouts(source, config.data, loaders=dist.world() * max(1, chosen))
+    workers, readers = whole_lanes(source, config.data, lanes=[each.lanes for each in layouts], workers=chosen)
     frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
     return Plan(
         steps=steps,
@@ -76,8 +76,9 @@ def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
         precision=precision,
         device=device,
         workers=workers,
-        lanes=lanes,
+        layouts=[list(each) for each in layouts],
         readers=readers,
+        costs=costs(source, config.data, layouts),
         parameters={group.rule.name: group.size for group in groups} | ({"frozen": frozen} if frozen else {}),
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
     )

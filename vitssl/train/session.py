@@ -5,7 +5,7 @@ Both programs hand it how to build their task and what to feed it; it knows neit
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from vitssl.config import flat
 from vitssl.data.feed import training_samples
 from vitssl.data.ledger import Ledger
 from vitssl.data.loader import batches
+from vitssl.data.order import Layout
 from vitssl.data.quarantine import Decided, bearable, count_bad, passing
 from vitssl.data.sources import Source
 from vitssl.data.transforms import Augment
@@ -37,8 +38,8 @@ Open = Callable[[Report], Source]
 
 @dataclass
 class Session:
-    """A run that is ready to train. ``start`` is the step it continues from, ``lanes`` those it was begun with, ``saved`` the
-    step last written: to replace a whole checkpoint by its equal would leave none for a moment."""
+    """A run that is ready to train. ``start`` is the step it continues from, ``saved`` the step last written: to replace a
+    whole checkpoint by its equal would leave none for a moment."""
 
     config: ProgramConfig
     engine: Engine
@@ -46,7 +47,6 @@ class Session:
     source: Source
     report: Report
     start: int
-    lanes: list[int]
     saved: int
     damaged: set[int] = field(default_factory=set)  # steps of checkpoints that were passed over
     passing: dict[int, Decided] = field(default_factory=dict)  # positions at which the network decided, when it was first here
@@ -64,7 +64,7 @@ class Session:
         if step == self.saved:
             return
         data = {"samples": self.source.num_samples, "fingerprint": self.source.fingerprint}
-        facts = {"samples": step * self.plan.batch_size, "lanes": self.lanes, "data": data}
+        facts = {"samples": step * self.plan.batch_size, "layouts": self.plan.layouts, "data": data}
         gathered = gather(self.engine, step=step, facts=facts)
         if self.engine.main:
             policy = self.config.checkpoint
@@ -87,7 +87,8 @@ class Session:
     ) -> int:
         """Train to the end of the plan; returns the step reached."""
         config, plan = self.config, self.plan
-        options = {"seed": config.seed, "lanes": self.lanes, "channels": channels, "labels": labels, "augment": augment}
+        layouts = [Layout(*each) for each in plan.layouts]
+        options = {"seed": config.seed, "layouts": layouts, "channels": channels, "labels": labels, "augment": augment}
         feed = batches(
             training_samples(self.source, config.data, views, passing=self.passing, batch_size=plan.batch_size, **options),
             start=self.start * plan.batch_size,
@@ -156,6 +157,7 @@ def begin_session(
     start = saved.step if saved else 0
     if saved:
         refuse_other_data(saved, source, where=where)
+        plan = replace(plan, layouts=saved.facts["layouts"])
     if start >= plan.steps:
         finished = f"{where} is finished: step {start:,} of {plan.steps:,}. A larger length goes on"
         if where != folder:
@@ -185,7 +187,6 @@ def begin_session(
     else:
         create_optimizer(engine)
     report.trackers = engine.trackers(flat(config.model_dump(mode="json")), step=start)
-    lanes = saved.facts["lanes"] if saved else plan.lanes
     damaged = {step for step in there if step > start}
-    options = {"start": start, "saved": start, "lanes": lanes, "damaged": damaged, "passing": decided}
+    options = {"start": start, "saved": start, "damaged": damaged, "passing": decided}
     return Session(config, engine, plan, source, report, **options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitssl.data import demo
-from vitssl.data.sources.base import Raw, Source
+from vitssl.data.sources.base import Raw, Source, same_samples
 from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.joined import Joined
 from vitssl.data.sources.listing import LISTS, ListSource
@@ -33,6 +33,7 @@ __all__ = [
     "find_shards",
     "label_like",
     "open_source",
+    "same_samples",
     "take_labelled",
 ]
 

@@ -17,6 +17,10 @@ MAX_BYTES = 256 << 20  # of one encoded image: of a larger member nothing good i
 DEFAULT_MEMORY = 1 << 30  # bytes of chunks that a process may hold, where nobody said how many
 
 
+UNREAD = "unread"
+"""Stands in a fingerprint for the hash of bytes that nobody has read yet."""
+
+
 class Raw(NamedTuple):
     """One sample as it is stored: the encoded image, its label where it has one, and ``where`` it lies, for messages.
 
@@ -45,6 +49,17 @@ def fingerprint(parts: Iterable[str | bytes]) -> str:
     for part in parts:
         digest.update((part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")) + b"\0")
     return digest.hexdigest()
+
+
+def same_samples(then: str, now: str) -> bool:
+    """Whether two fingerprints are of the same samples; of shards that one of them only counted, by names and counts."""
+    parts = list(zip(then.split("+"), now.split("+"), strict=False))
+
+    def same(one: str, other: str) -> bool:
+        (content, _, counts), (content_now, _, counts_now) = one.partition("."), other.partition(".")
+        return counts == counts_now if UNREAD in (content, content_now) else content == content_now
+
+    return then.count("+") == now.count("+") and all(same(*part) for part in parts)
 
 
 def printable(name: str) -> str:
@@ -97,7 +112,7 @@ class Source(Protocol):
     labels: bool  # whether every sample has a label
     classes: tuple[str, ...] | None  # names of the labels, where they have any
     ignored: int  # files or members that are no part of any sample
-    fingerprint: str  # equal for equal samples under equal ids, wherever they lie: what a continued run compares
+    fingerprint: str  # of the samples under their ids, wherever they lie: what :func:`same_samples` compares
     by_chunk: bool  # one sample costs as much as its chunk: to be asked for close together, in one process, and ahead of need
     mean_bytes: int  # of a sample as it is stored; 0 where that is not known
 

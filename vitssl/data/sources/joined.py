@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, Source
 from vitssl.data.sources.subset import label_like
 
 
@@ -21,7 +21,7 @@ class Joined:
         self.ignored = sum(part.ignored for part in parts)
         self.chunks = np.concatenate([part.chunks for part in parts])
         self.classes = parts[0].classes if self.labels else None
-        self.fingerprint = fingerprint([part.fingerprint for part in parts])
+        self.fingerprint = "+".join(part.fingerprint for part in parts)
         self.by_chunk, self.mean_bytes = any(part.by_chunk for part in parts), max(part.mean_bytes for part in parts)
         self._starts = np.cumsum([0] + [part.num_samples for part in parts[:-1]])
 

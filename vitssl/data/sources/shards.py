@@ -20,7 +20,7 @@ from vitssl.data.counts import read_wids
 from vitssl.data.index import ShardIndex
 from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
-from vitssl.data.sources.base import DEFAULT_MEMORY, MAX_BYTES, Ahead, Raw, cut, fingerprint, printable
+from vitssl.data.sources.base import DEFAULT_MEMORY, MAX_BYTES, UNREAD, Ahead, Raw, cut, fingerprint, printable
 from vitssl.data.sources.patterns import find_shards, shortened
 from vitssl.data.stores import USUAL, Access, Unreachable, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
@@ -28,6 +28,7 @@ from vitssl.errors import ConfigError, DataError
 Chunk = list[tuple[int, bytes]]
 """(offset in the shard, bytes), by offset."""
 _OPEN = 128  # descriptors a process keeps
+_LOCKS = 64  # so many shards can be opened at once
 _MAPPED = 128  # sidecars it keeps mapped, each with a descriptor
 
 
@@ -56,17 +57,17 @@ class ShardSource:
         counts = rows["samples"]
         self.num_samples, self.ignored = int(counts.sum()), int(rows["ignored"].sum())
         self.num_unlabelled = int(rows["unlabelled"].sum())
-        self.fingerprint = fingerprint(rows["identity"].tolist())
+        self.fingerprint = self._fingerprint()
         self.labels = self.num_unlabelled == 0
         self.classes = self._class_names() if self.labels else None
         self.by_chunk = is_url(self.manifest.shards[0])
         sized = rows["size"] > 0
         self.mean_bytes = int(rows["size"][sized].sum()) // max(1, int(counts[sized].sum()))
-        self.chunks = cut(counts, default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
-        self._starts, self._chunk_starts = np.cumsum(counts) - counts, np.cumsum(self.chunks) - self.chunks
-        self._buffer, self._lock = ChunkBuffer(self._fetch, size=_bytes), (-1, None)
+        self._starts = np.cumsum(counts) - counts
+        self.recut(default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
+        self._buffer, self._locks = ChunkBuffer(self._fetch, size=_bytes), (-1, [])
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._indexes: dict[int, ShardIndex] = {}  # shared with the threads that fetch chunks
+        self._indexes: dict[int, ShardIndex | str] = {}  # shared with the threads that fetch chunks
 
     def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
         """The samples of these ids, in this order, each with its bytes or its problem."""
@@ -80,11 +81,22 @@ class ShardSource:
         chunks = self._chunk_of(ids).tolist() if self.by_chunk else [0] * len(ids)
         return [self._read(*each, memory) for each in zip(shards.tolist(), places.tolist(), chunks, strict=True)]
 
+    def recut(self, chunk: int) -> None:
+        """Chunks of ``chunk`` samples from now on. Nothing may have been read yet."""
+        self.chunk, self.chunks = chunk, cut(self.manifest.rows["samples"], chunk)
+        self._chunk_starts = np.cumsum(self.chunks) - self.chunks
+
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every sample has one (``num_unlabelled`` counts those that have none)."""
         if not self.labels:
             return None
         return np.concatenate([self.manifest.open(number).records["label"] for number in range(len(self.manifest.shards))])
+
+    def _fingerprint(self) -> str:
+        """Of the shards' bytes (a mark where some are only counted), a dot, and of their names and counts."""
+        rows = self.manifest.rows
+        counts = fingerprint([*rows["name"].tolist(), rows["samples"].tobytes()])
+        return f"{UNREAD if self.manifest.counted.any() else fingerprint(rows['identity'].tolist())}.{counts}"
 
     def _class_names(self) -> tuple[str, ...] | None:
         """The class names of the ``about.json`` beside the shards, where there is one."""
@@ -150,16 +162,27 @@ class ShardSource:
         return [(first, remote.read(shard, first, length, size, self.manifest.access, **options)) for first, length in spans]
 
     def _index(self, number: int) -> ShardIndex:
-        index = self._indexes.get(number)
-        if index is None:
-            if self._lock[0] != os.getpid():  # a lock that a fork copied may be held by a thread that is not here
-                self._lock = os.getpid(), threading.Lock()
-            with self._lock[1]:
-                index = self._indexes.get(number) or self.manifest.open(number)
-                self._indexes[number] = index
-                while len(self._indexes) > _MAPPED:
-                    del self._indexes[next(iter(self._indexes))]
-        return index
+        found = self._indexes.get(number)
+        if found is None:
+            if self._locks[0] != os.getpid():  # a lock that a fork copied may be held by a thread that is not here
+                self._locks = os.getpid(), [threading.Lock() for _ in range(_LOCKS)]
+            with self._locks[1][number % _LOCKS]:  # a shard may have to be fetched for it: others need not wait
+                found = self._indexes.get(number) or self._opened(number)
+                self._indexes[number] = found
+            for other in list(self._indexes)[:-_MAPPED]:
+                self._indexes.pop(other, None)
+        if isinstance(found, str):
+            raise DataError(found)
+        return found
+
+    def _opened(self, number: int) -> ShardIndex | str:
+        """A shard's index, or why there is none and will be none."""
+        try:
+            return self.manifest.open(number)
+        except Unreachable:
+            raise
+        except DataError as error:
+            return str(error)
 
     def _descriptor(self, number: int) -> int:
         if number not in self._files:
@@ -170,7 +193,7 @@ class ShardSource:
         return self._files[number]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": OrderedDict(), "_indexes": {}, "_buffer": None, "_lock": (-1, None)}
+        return self.__dict__ | {"_files": OrderedDict(), "_indexes": {}, "_buffer": None, "_locks": (-1, [])}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
