@@ -57,6 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(int(fault), b"not now")
         if fault.startswith("redirect "):
             return self._answer(302, b"", Location=fault.removeprefix("redirect "))
+        if fault in ("dripping header", "dripping length"):
+            return self._drip(fault)
         if fault == "stall":
             time.sleep(5)
             self.close_connection = True
@@ -65,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             return self._answer(404, b"nothing here")
         content, size, status, headers = file.read_bytes(), file.stat().st_size, 200, {"ETag": f'"{file.stat().st_mtime_ns}"'}
+        if self.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
+            said = ""
         if server.ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", said)):
             first, last = int(asked[1]), min(int(asked[2] or size), size - 1)
             if first >= size:
@@ -104,6 +108,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         with self.server.lock:
             self.server.bytes += len(content)
+
+    def _drip(self, fault: str) -> None:
+        """Never silent for long, and never done: a header without an end, or the length of a first chunk."""
+        self.close_connection = True
+        said = b"HTTP/1.1 206 Partial\r\nX-Long: " + b"x" * 1000
+        if fault == "dripping length":
+            self.wfile.write(b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 1000-1999/300000\r\n")
+            self.wfile.write(b"Transfer-Encoding: chunked\r\n\r\n")
+            said = b"0" * 1000
+        for byte in said:
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            time.sleep(0.05)
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""

@@ -42,7 +42,7 @@ def held(chunks: ChunkBuffer) -> int:
 
 
 def test_each_chunk_is_fetched_once(store: Store) -> None:
-    chunks = ChunkBuffer(store.fetch, size=len, threads=4)
+    chunks = ChunkBuffer(store.fetch, size=len, expected=lambda number: SIZE, threads=4)
     for numbers in (range(8), range(4, 12)):
         chunks.expect(numbers, limit=10**6)
         assert [chunks.get(number, limit=10**6)[0] for number in numbers] == list(numbers)
@@ -50,17 +50,17 @@ def test_each_chunk_is_fetched_once(store: Store) -> None:
 
 
 def test_the_limit_holds_whatever_is_asked(store: Store) -> None:
-    chunks, draw = ChunkBuffer(store.fetch, size=len, threads=4), np.random.default_rng(0)
+    chunks, draw = ChunkBuffer(store.fetch, size=len, expected=lambda number: SIZE, threads=4), np.random.default_rng(0)
     for _ in range(200):
         chunks.expect(draw.integers(0, 50, 5).tolist(), limit=10 * SIZE)
         number = int(draw.integers(0, 50))
         assert chunks.get(number, limit=10 * SIZE) == bytes([number]) * SIZE
-        assert held(chunks) <= (10 + 4 + 1) * SIZE  # what is under way is only estimated
-    assert chunks.get(0, limit=0)[0] == 0 and held(chunks) <= SIZE + 4 * SIZE
+        assert held(chunks) <= (10 + 1) * SIZE
+    assert chunks.get(0, limit=0)[0] == 0 and held(chunks) <= SIZE + 4 * SIZE  # what is under way cannot be dropped
 
 
 def test_what_is_expected_outlives_what_was_used(store: Store) -> None:
-    chunks = ChunkBuffer(store.fetch, size=len, threads=2)
+    chunks = ChunkBuffer(store.fetch, size=len, expected=lambda number: SIZE, threads=2)
     for number in range(5):
         chunks.get(number, limit=6 * SIZE)
     chunks.expect([10, 11, 12, 13], limit=6 * SIZE)
@@ -76,7 +76,7 @@ def test_what_is_expected_outlives_what_was_used(store: Store) -> None:
 
 
 def test_expecting_does_not_wait(store: Store) -> None:
-    chunks = ChunkBuffer(store.fetch, size=len, threads=2)
+    chunks = ChunkBuffer(store.fetch, size=len, expected=lambda number: SIZE, threads=2)
     store.gate.clear()
     before = time.monotonic()
     chunks.expect(range(100), limit=10**6)
@@ -85,8 +85,22 @@ def test_expecting_does_not_wait(store: Store) -> None:
     assert chunks.get(99, limit=10**6)[0] == 99
 
 
+def test_no_more_is_ordered_than_fits(store: Store) -> None:
+    """Before the first is here nobody knows how large they are, so what is expected counts."""
+    chunks = ChunkBuffer(store.fetch, size=len, expected=lambda number: SIZE, threads=4)
+    store.gate.clear()
+    chunks.expect(range(100), limit=3 * SIZE)
+    assert len(chunks._entries) == 3 and chunks._held == 3 * SIZE
+    store.gate.set()
+    assert [chunks.get(number, limit=3 * SIZE)[0] for number in range(3)] == [0, 1, 2] and chunks._held == 3 * SIZE
+    store.broken = {7}
+    with pytest.raises(DataError):
+        chunks.get(7, limit=3 * SIZE)
+    assert chunks._held == 3 * SIZE, "what failed holds nothing"
+
+
 def test_a_failure_is_told_to_each_and_tried_again_later(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks = ChunkBuffer(store.fetch, size=len, threads=2)
+    chunks = ChunkBuffer(store.fetch, size=len, expected=lambda number: SIZE, threads=2)
     store.broken = {3}
     chunks.expect([3], limit=10**6)
     for _ in range(5):
@@ -99,7 +113,7 @@ def test_a_failure_is_told_to_each_and_tried_again_later(store: Store, monkeypat
 
 
 def test_a_fork_begins_empty(store: Store) -> None:
-    chunks = ChunkBuffer(store.fetch, size=len, threads=2)
+    chunks = ChunkBuffer(store.fetch, size=len, expected=lambda number: SIZE, threads=2)
     chunks.get(1, limit=10**6)
     if (child := os.fork()) == 0:
         good = chunks.get(1, limit=10**6)[0] == 1 and chunks.get(2, limit=10**6)[0] == 2 and store.asked[1] == 2

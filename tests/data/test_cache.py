@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,6 +54,26 @@ def test_the_least_recently_used_go(tmp_path: Path) -> None:
             assert cache.get("3") == content(3), "used again and again"
     assert total(tmp_path) <= 111_000
     assert cache.get("49") == content(49) and cache.get("10") is None
+
+
+def test_a_file_larger_than_the_limit(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, limit=5000)
+    for number in range(4):
+        assert Path(cache.file(str(number), lambda file, number=number: file.write(content(number)))).read_bytes() == content(
+            number
+        )
+    assert total(tmp_path) < 11_000, "only the newest is there"
+
+
+def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, limit=10**9)
+    cache.put("a", content(1))
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for name, age in (("old.tmp", 7200), ("new.tmp", 60)):
+        (folder / name).write_bytes(b"half")
+        os.utime(folder / name, (time.time() - age,) * 2)
+    DiskCache(tmp_path, limit=10**9).put("b", content(2))
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == ["new.tmp"]
 
 
 def test_a_full_disk_stops_nobody(tmp_path: Path) -> None:

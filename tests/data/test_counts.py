@@ -12,7 +12,7 @@ from vitssl.data.index import SUFFIX
 from vitssl.data.manifest import NAME
 from vitssl.data.sources import open_source
 from vitssl.data.stores import Access
-from vitssl.errors import DataError
+from vitssl.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("form", ["sizes.json", "wids", "wids by url"])
@@ -75,6 +75,15 @@ def test_a_counted_shard_is_fetched_once_by_all_processes(shards: Path, server: 
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     whole = [path for path, said in server.requests if not said and path.endswith(".tar")]
     assert sorted(whole) == [f"train-00{number}.tar" for number in range(3)]
+
+
+@pytest.mark.parametrize("names", [["train-000.tar"] * 2, ["train-000.tar?sig=1", "train-001.tar", "train-000.tar?sig=2"]])
+def test_a_shard_twice_is_refused(shards: Path, server: WebServer, names: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"train-000\.tar: is listed 2 times .*data\.sources, with a weight"):
+        open_source([f"{server.url}/{name}" for name in names])
+    if "?" not in names[0]:
+        with pytest.raises(ConfigError, match="is listed 2 times"):
+            open_source([str(shards / name) for name in names])
 
 
 def test_a_damaged_counted_shard_is_fetched_once(shards: Path, server: WebServer) -> None:

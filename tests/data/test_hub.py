@@ -64,6 +64,18 @@ def test_a_folder_that_the_library_reads(classes: Callable) -> None:
     assert raw.problem == f"{raw.where}: is no file, but {folder} names it as an image; take it out" and not raw.passing
 
 
+def test_a_data_set_from_elsewhere_names_no_file_of_this_machine(classes: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = datasets.load_dataset(classes("cat", "dog").name, split="train")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: found)
+    raws = open_source("user/name", kind="hub").read(range(4))
+    assert all(
+        raw.problem.endswith("is a file of this machine, but user/name names it as an image; take it out") for raw in raws
+    )
+    assert not any(raw.image or raw.passing for raw in raws)
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", os.path.dirname(os.path.dirname(raws[0].where)))
+    assert all(raw.image for raw in open_source("user/name", kind="hub").read(range(4))), "the library fetched them"
+
+
 def test_name_and_config_reach_the_library(rows: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *given, **named: asked.append((given, named)) or rows(3))

@@ -138,8 +138,6 @@ def test_files_that_are_missing_or_damaged(parquet: Callable, tmp_path: Path) ->
         open_source(tmp_path / "none", kind="parquet")
     with pytest.raises(DataError, match=r"has no folder 'val' and no shards val-\*\.parquet \(it holds "):
         open_source(tmp_path, split="val", kind="parquet")
-    with pytest.raises(ConfigError, match=r"^https://host/x\.parquet: parquet files are read from local disks only; "):
-        open_source("https://user:word@host/x.parquet")
     whole = Path(path).read_bytes()
     for content in (b"", b"x" * 99, whole[: len(whole) // 2], whole[:-50] + whole[-8:]):
         Path(path).write_bytes(content)

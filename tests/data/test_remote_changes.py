@@ -53,6 +53,13 @@ def test_a_server_without_ranges_whose_file_changes(shards: Path, write_tar: Cal
         assert source.num_samples == 60 and source.read([0])[0].image == encoded(7)
 
 
+@pytest.mark.parametrize("limit", [1000, 20_000])
+def test_a_cache_smaller_than_its_shards(shards: Path, tmp_path: Path, limit: int) -> None:
+    with serving(shards, ranges=False) as server:
+        source = open_source(url(server), access=Access(cache=tmp_path / "cache", cache_bytes=limit))
+        assert all(raw.image for raw in source.read(range(100))), "fetched again and again, but there"
+
+
 def test_hostile_words_about_shards(server: WebServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sidecars, manifests and counts of a server that means ill: made anew or refused in one line."""
     open_source(shards)
@@ -72,7 +79,16 @@ def test_hostile_words_about_shards(server: WebServer, shards: Path, tmp_path: P
     listed = {
         "[" * 100_000: "is no wids index",
         json.dumps({"shardlist": [{"url": "a.tar", "nsamples": 10**30}]}): "an nsamples that is no count",
-        json.dumps({"shardlist": [{"url": str(shards / "train-000.tar"), "nsamples": 40}]}): "names files of this machine",
+        **{
+            json.dumps({"shardlist": [{"url": named, "nsamples": 40}]}): words
+            for named, words in {
+                "/etc/a.tar": "names /etc/a.tar, which is a file of this machine",
+                "https://10.0.0.1/a.tar": "which is a private address",
+                "http://example.com/a.tar": "which is another host without https",
+                "pipe:cat /etc/passwd": "which lies elsewhere",
+                "s3://bucket/a.tar": "which lies elsewhere",
+            }.items()
+        },
     }
     for content, said in listed.items():
         (shards / "index.json").write_text(content)

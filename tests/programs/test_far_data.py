@@ -48,6 +48,30 @@ def test_a_server_that_fails_for_a_while(pretrain: Callable, data: Path, tmp_pat
         assert other.ok().losses() == pytest.approx(losses, rel=1e-5)
 
 
+def test_signed_urls(pretrain: Callable, data: Path, tmp_path: Path) -> None:
+    """A signature is written nowhere, what was made under it counts for the next one, and the next one is no other run."""
+    env, secret = {"VITSSL_CACHE": str(tmp_path / "cache")}, "hush"
+    (tmp_path / "web").mkdir()
+    for path in data.glob("*.tar"):
+        shutil.copy(path, tmp_path / "web")
+
+    def argv(signature: str) -> list[str]:
+        return [f"data.path={server.url}/train-{{0..2}}.tar?sig={signature}&v=1", "data.split=null", *SETTINGS]
+
+    with serving(tmp_path / "web") as server:
+        run = pretrain(tmp_path / "run", *argv(secret), "length=10", env=env).ok()
+        for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+            assert secret.encode() not in path.read_bytes(), path
+        assert secret not in run.out + run.err and "train-{0..2}.tar?v=1" in (run.folder / "config.yaml").read_text()
+        server.requests.clear()
+        again = pretrain(tmp_path / "run", *argv("another"), "length=20", env=env).ok()
+        assert "from step 10" in again.out and len(again.losses()) == 20
+        assert all(said for path, said in server.requests if path.endswith(".tar")), "nothing is indexed again"
+        bad = pretrain(tmp_path / "bad", *argv(f"{secret}-{{0..2"), env=env)
+        refused(bad, "braces do not match", "write ranges")
+        assert secret not in bad.err
+
+
 def test_a_server_that_is_not_there(pretrain: Callable, tmp_path: Path) -> None:
     run = pretrain(tmp_path / "run", *far("http://127.0.0.1:9"), trap=QUICK)
     refused(run, "http://127.0.0.1:9/", "cannot be reached", "look at the network and the server")

@@ -18,21 +18,30 @@ _AHEAD = 4  # chunks a thread may have waiting for it
 
 @dataclass
 class _Entry:
+    size: int  # bytes; until it is here, those that are expected
     future: Future = field(default_factory=Future)
-    size: int = 0  # bytes, once it is here
     used: bool = False
     failed: float | None = None  # when
 
 
 class ChunkBuffer:
-    """``fetch(number)`` gives a chunk, ``size(chunk)`` its bytes. Used by one thread, filled by ``threads`` daemons.
+    """``fetch(number)`` gives a chunk, ``size(chunk)`` its bytes, ``expected(number)`` those that it will about have.
+
+    Used by one thread, filled by ``threads`` daemons.
 
     Beyond a limit the least recently used chunks go first, those that nobody used yet last. A failure to fetch is kept too, for
     a minute, and raised for each sample of its chunk without another try. In a forked child the buffer begins empty.
     """
 
-    def __init__(self, fetch: Callable[[int], Any], *, size: Callable[[Any], int], threads: int = 16) -> None:
-        self.fetch, self.size, self.threads = fetch, size, threads
+    def __init__(
+        self,
+        fetch: Callable[[int], Any],
+        *,
+        size: Callable[[Any], int],
+        expected: Callable[[int], int],
+        threads: int = 16,
+    ) -> None:
+        self.fetch, self.size, self.expected, self.threads = fetch, size, expected, threads
         self.fetched = 0  # chunks, by this process
         self._process = -1
 
@@ -57,15 +66,16 @@ class ChunkBuffer:
         for number in numbers:
             if number in self._entries:
                 continue
-            coming = self._waiting * self._held // max(1, len(self._entries) - self._waiting)  # bytes, by the mean
-            self._make_room(limit - coming, used_only=True)
-            if self._waiting >= _AHEAD * self.threads or self._held + coming > limit:
+            self._make_room(limit - (size := self.expected(number)), used_only=True)
+            if self._waiting >= _AHEAD * self.threads or self._held + size > limit:
                 return
             self._start(number)
 
     def _start(self, number: int) -> _Entry:
-        entry = self._entries[number] = _Entry()
+        old = self._entries.pop(number, None)
+        entry = self._entries[number] = _Entry(self.expected(number))
         with self._lock:
+            self._held += entry.size - (old.size if old else 0)
             self._waiting += 1
         self._orders.put((number, entry))
         return entry
@@ -95,17 +105,21 @@ class ChunkBuffer:
             number, entry = orders.get()
             try:
                 chunk = self.fetch(number)
+                size = self.size(chunk)
                 with self._lock:
-                    entry.size = self.size(chunk)
-                    self._held += entry.size
+                    self._held += size - entry.size
+                    entry.size = size
                     self._waiting -= 1
                     self.fetched += 1
                 entry.future.set_result(chunk)
             except Exception as error:  # whatever it is, it is the asker's
                 with self._lock:
+                    self._held -= entry.size
+                    entry.size = 0
                     self._waiting -= 1
                 entry.failed = time.monotonic()
                 entry.future.set_exception(error)
 
     def __getstate__(self) -> dict:
-        return {"fetch": self.fetch, "size": self.size, "threads": self.threads, "fetched": 0, "_process": -1}
+        kept = {name: vars(self)[name] for name in ("fetch", "size", "expected", "threads")}
+        return kept | {"fetched": 0, "_process": -1}

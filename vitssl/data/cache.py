@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ _DIGEST = 16  # bytes of blake2b, at the end of an entry of bytes and beside one
 _PIECE = 1 << 20
 _SHRINK = 0.95  # of the limit, what a clean-up leaves
 _LOOK = 0.01  # of the limit, bytes that one process writes between two looks at the whole
+_LEFT = 3600.0  # seconds without a write after which a temporary file belongs to nobody
 
 
 class DiskCache:
@@ -49,7 +51,8 @@ class DiskCache:
     def file(self, key: str, fill: Callable[[BinaryIO], object]) -> str:
         """The path of a file of exactly what ``fill(file)`` wrote, filled where there is none or it is damaged.
 
-        One process fills while others wait. Raises what ``fill`` raises, and OSError where the disk is full.
+        One process fills while others wait; until others need its room it is there, even one larger than the limit. Raises what
+        ``fill`` raises, and OSError where the disk is full.
         """
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,19 +85,24 @@ class DiskCache:
         self._written += size
         if self._written > _LOOK * self.limit:
             self._written = 0.0
-            self._shrink()
+            self._shrink(str(path))
         return digest
 
-    def _shrink(self) -> None:
-        """Drop the least recently used entries of a cache that is over its limit; one process at a time, others go on."""
+    def _shrink(self, newest: str) -> None:
+        """Drop the least recently used entries of a cache that is over its limit, but for the ``newest``, which is wanted now.
+
+        One process at a time; others go on.
+        """
         with locked(self.folder / "lock", wait=False) as mine:
             if not mine:
                 return
+            for folder in os.scandir(self.folder):
+                drop_left_over(folder.path)
             entries = [(found.st_mtime_ns, found.st_size, path) for path, found in self._entries()]
             total = sum(size for _, size, _ in entries)
             if total <= self.limit:
                 return
-            for _, size, path in sorted(entries, key=lambda entry: entry[0]):
+            for _, size, path in sorted(entry for entry in entries if entry[2] != newest):
                 with suppress(OSError):
                     os.unlink(path)
                 total -= size
@@ -108,6 +116,14 @@ class DiskCache:
                     if not entry.name.endswith((".tmp", ".lock", ".sum")):
                         with suppress(OSError):
                             yield entry.path, entry.stat()
+
+
+def drop_left_over(folder: str | Path) -> None:
+    """Take away what processes that were killed left half-written."""
+    for path in Path(folder).glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFT:
+                path.unlink()
 
 
 def _checksum(pieces: Iterable[bytes]) -> bytes:

@@ -32,8 +32,9 @@ def read_wids(path: str, access: Access) -> dict[str, int]:
         raise DataError(
             f"{shown(path)}: its shardlist is empty, or holds a url that is no text or an nsamples that is no count"
         )
-    if is_url(path) and any(os.path.isabs(url) for url, _ in listed):
-        raise DataError(f"{shown(path)}: names files of this machine; a remote index may only name what is remote")
+    for url, _ in listed if is_url(path) else ():
+        if reason := _refusal(path, url, access):
+            raise DataError(f"{shown(path)}: names {shown(url)[:80]}, which {reason}; name the shards themselves")
     folder = parted(path)[0]
     return {url if is_url(url) or os.path.isabs(url) or not folder else f"{folder}/{url}": count for url, count in listed}
 
@@ -48,6 +49,20 @@ def counts_beside(folder: str, access: Access) -> dict[str, int]:
     if not isinstance(found, dict) or not all(map(_is_count, found.values())):
         raise DataError(f"{shown(folder)}/{SIZES}: is not JSON of file names and counts; correct it or take it away")
     return found
+
+
+def _refusal(index: str, url: str, access: Access) -> str:
+    """Why a remote index, which is not to be trusted with what only this machine can reach, may not name ``url``."""
+    if os.path.isabs(url):
+        return "is a file of this machine"
+    scheme, there = url.partition(":")[0].lower(), is_url(url)
+    if not there or (scheme in ("s3", "gs", "hf") and url.split("/")[2:3] == index.split("/")[2:3]):
+        return ""
+    if scheme not in ("http", "https"):
+        return "lies elsewhere"
+    from vitssl.data.stores.connections import refusal  # imports urllib3: only where it is asked for
+
+    return refusal(index, url, access.trusted)
 
 
 def _local(path: str) -> bytes:

@@ -14,7 +14,7 @@ from vitssl.data.quarantine import Decided, read_quarantine
 from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.samples import Samples
 from vitssl.data.sources import Joined, ShardSource, Source, Subset, open_source
-from vitssl.data.stores import Access
+from vitssl.data.stores import Access, without_secrets
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError, DataError, UserError
 from vitssl.sections import DataConfig, PlaceConfig, SourceConfig
@@ -57,7 +57,7 @@ def _open(config: PlaceConfig, key: str, access: Access, progress: Progress | No
     try:
         return open_source(config.path, kind=config.kind, split=config.split, access=access, progress=progress)
     except UserError as error:
-        raise type(error)(f"{key}: {error}") from None
+        raise type(error)(f"{key}: {without_secrets(str(error))}") from None
 
 
 def training_samples(

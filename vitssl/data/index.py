@@ -19,7 +19,7 @@ import numpy as np
 
 from vitssl.data import remote, tarscan
 from vitssl.data.cache import locked
-from vitssl.data.stores import USUAL, Access, Unreachable, beside, is_url, shown
+from vitssl.data.stores import USUAL, Access, Unreachable, beside, is_url, shown, unsigned
 from vitssl.errors import DataError
 
 VERSION = 1
@@ -140,8 +140,8 @@ def _from_afar(shard: str, identity: str, access: Access) -> ShardIndex | None:
 
 def cached(path: str, suffix: str) -> Path:
     """Where the cache keeps what belongs to a path or url."""
-    place = (path if is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")
-    return remote.user_cache() / "index" / f"{hashlib.blake2b(place, digest_size=16).hexdigest()}{suffix}"
+    name = (unsigned(path) if is_url(path) else os.path.abspath(path)).encode("utf-8", "surrogateescape")
+    return remote.user_cache() / "index" / f"{hashlib.blake2b(name, digest_size=16).hexdigest()}{suffix}"
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -23,7 +23,7 @@ from vitssl.data import remote
 from vitssl.data.counts import counts_beside
 from vitssl.data.index import ShardIndex, build_index, cached, index_once, load_index, replace_file
 from vitssl.data.pool import side_by_side
-from vitssl.data.stores import USUAL, Access, is_url, parted, shown
+from vitssl.data.stores import USUAL, Access, is_url, parted, shown, unsigned
 from vitssl.errors import ConfigError, DataError
 
 VERSION = 1
@@ -94,6 +94,7 @@ def index_shards(
     names = np.array([os.fsencode(parted(shard)[1]) for shard in shards])
     rows = np.zeros(len(shards), row_type(names.itemsize))
     rows["name"] = names
+    _refuse_twice(shards, folders, names)
     rows["size"], rows["mtime"] = np.array([_stat(shard) for shard in shards], dtype=np.int64).T
     known = np.zeros(len(shards), dtype=bool)
     for folder, numbers in folders.items():
@@ -121,6 +122,18 @@ def index_shards(
         mine = rows[folders[folder]]
         _merge(folder, mine[~_only_counted(mine)], access)
     return Manifest(shards, rows, access, {number: index for number, index in found.items() if index.sidecar is None})
+
+
+def _refuse_twice(shards: list[str], folders: Mapping[str, list[int]], names: NDArray) -> None:
+    """Raise ConfigError where two shards are one."""
+    for numbers in folders.values():
+        found, first, counts = np.unique(names[numbers], return_index=True, return_counts=True)
+        if len(found) < len(numbers):
+            twice = shown(shards[numbers[first[counts.argmax()]]])
+            raise ConfigError(
+                f"{twice}: is listed {counts.max()} times (a url's query does not count); list it once, and to see it"
+                " more often name it apart in data.sources, with a weight"
+            )
 
 
 def _only_counted(rows: NDArray) -> NDArray[np.bool_]:
@@ -159,7 +172,7 @@ def _counted(shards: list[str], stale: list[int], rows: NDArray, counts: Mapping
                 known.setdefault(number, beside[name])
     for number, count in known.items():
         rows["samples"][number] = rows["unlabelled"][number] = count
-        name = f"{shards[number]} {count}".encode("utf-8", "surrogateescape")
+        name = f"{unsigned(shards[number])} {count}".encode("utf-8", "surrogateescape")
         rows["identity"][number] = f"{_COUNTED}-{hashlib.blake2b(name, digest_size=16).hexdigest()}".encode()
     for number in list(known)[:: -(-len(known) // 64)] if known else ():
         rows["size"][number] = remote.stat(shards[number], access).size

@@ -5,14 +5,16 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from vitssl.data.cache import DiskCache
-from vitssl.data.stores import Access, NoRanges, Stat, Unreachable, is_url, open_store, shown
+from vitssl.data.cache import DiskCache, drop_left_over
+from vitssl.data.stores import Access, NoRanges, Stat, Unreachable, is_url, open_store, shown, unsigned
 from vitssl.errors import DataError
 
 _whole: dict[str, str] = {}  # shards that can only be had whole, and where their copies are
+_TRIES = 5  # to open a file that is fetched
 _SMALL = 256 << 20  # bytes of an index or a manifest: of more than that nothing good is to be expected
 
 
@@ -44,7 +46,7 @@ def ends(shard: str, length: int, access: Access) -> tuple[int, bytes, bytes]:
     if found.ranges:
         store = open_store(shard, access)
         return found.size, store.read(shard, 0, min(length, found.size)), store.read(shard, last, found.size - last)
-    with open(_kept(shard, access), "rb") as file:
+    with _opened(shard, access) as file:
         first = file.read(min(length, found.size))
         file.seek(last)
         return found.size, first, file.read(found.size - last)
@@ -52,7 +54,7 @@ def ends(shard: str, length: int, access: Access) -> tuple[int, bytes, bytes]:
 
 def read(shard: str, offset: int, length: int, size: int | None, access: Access, *, identity: str) -> bytes:
     """A range of a remote shard of this size and identity, through the cache the user named. Raises DataError, Unreachable."""
-    cache, key = disk_cache(access), f"{shard} {identity} {offset} {length}"
+    cache, key = disk_cache(access), f"{unsigned(shard)} {identity} {offset} {length}"
     try:
         if shard in _whole:
             raise NoRanges(shard)
@@ -62,7 +64,7 @@ def read(shard: str, offset: int, length: int, size: int | None, access: Access,
             if access.cache:
                 cache.put(key, content)
     except NoRanges:
-        with open(_kept(shard, access), "rb") as file:
+        with _opened(shard, access) as file:
             content = os.pread(file.fileno(), length, offset)
         if len(content) < length:
             raise DataError(f"{shown(shard)}: ends before byte {offset + length:,}; it changed since it was indexed") from None
@@ -81,6 +83,7 @@ def copy_of(shard: str, access: Access) -> Iterator[str]:
         return
     folder = user_cache() / "index"
     folder.mkdir(parents=True, exist_ok=True)
+    drop_left_over(folder)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
         open_store(shard, access).fetch(shard, file)
         file.flush()
@@ -115,11 +118,19 @@ class _Bounded(io.BytesIO):
         return super().write(content)
 
 
+def _opened(shard: str, access: Access) -> BinaryIO:
+    """The whole copy of a shard, which others may drop between filling and opening it."""
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            return open(_kept(shard, access), "rb")
+    raise Unreachable(f"{shown(shard)}: its copy is dropped before it is read; give data.cache_size room for several shards")
+
+
 def _kept(shard: str, access: Access) -> str:
     """A whole copy in the cache, of a shard that cannot be read in parts; its checksum is looked at once a process."""
     if not os.path.exists(_whole.get(shard, "")):
         store = open_store(shard, access)
         found = store.stat(shard)
-        key = f"{shard} {found.size} {found.tag} whole"
+        key = f"{unsigned(shard)} {found.size} {found.tag} whole"
         _whole[shard] = disk_cache(access).file(key, lambda file: store.fetch(shard, file))
     return _whole[shard]

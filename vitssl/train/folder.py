@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vitssl import dist
 from vitssl.config import difference, dump
 from vitssl.data import ledger, quarantine
 from vitssl.data.sources import Source, same_samples
+from vitssl.data.stores import shown, without_secrets
 from vitssl.errors import CheckpointError, ConfigError, DataError
 from vitssl.plan import Plan
 from vitssl.report import Report
@@ -43,6 +45,11 @@ def begun_with(folder: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and values else None
 
 
+def recorded(config: ProgramConfig) -> dict[str, Any]:
+    """What is written down of a config: its values without the passwords and signatures of its urls."""
+    return _texts(config.model_dump(mode="json"), without_secrets)
+
+
 def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> None:
     """Raise ConfigError, showing the difference, where the folder holds a run of another config."""
     values = begun_with(folder)
@@ -51,7 +58,8 @@ def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> N
             f"warning: {folder / 'config.yaml'} is damaged or missing, so whether this is the same run is unknown; going on",
             style="yellow",
         )
-    differing = difference(values, config.model_dump(mode="json"), ignore=CHANGEABLE) if values else []
+    then, now = (_texts(each, shown) for each in (values or {}, recorded(config)))  # a new signature is no other run
+    differing = difference(then, now, ignore=CHANGEABLE) if values else []
     if differing:
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(differing[:4])}{'; ...' if len(differing) > 4 else ''});"
@@ -108,7 +116,7 @@ def occupy(folder: Path) -> None:
 
 def begin(folder: Path, config: ProgramConfig, plan: Plan, *, step: int) -> None:
     """Write config, plan and environment, and cut the logs back to ``step``. The main process calls it."""
-    _replace(folder / "config.yaml", dump(config))
+    _replace(folder / "config.yaml", dump(type(config).model_validate(recorded(config))))
     plan.save(folder / "plan.json")
     _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
     for name in ("metrics.jsonl", "probes.jsonl", quarantine.FILE):
@@ -125,7 +133,7 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": [Path(sys.argv[0]).parent.name or sys.argv[0], *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).parent.name or sys.argv[0], *map(without_secrets, sys.argv[1:])],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processes": dist.world(),
@@ -147,6 +155,15 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _texts(values: Any, change: Callable[[str], str]) -> Any:
+    """The same values with each text changed."""
+    if isinstance(values, Mapping):
+        return {key: _texts(value, change) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_texts(value, change) for value in values]
+    return change(values) if isinstance(values, str) else values
 
 
 def _step_of(line: str) -> float:

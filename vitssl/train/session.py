@@ -26,7 +26,16 @@ from vitssl.schedule import Duration
 from vitssl.sections import ProgramConfig
 from vitssl.task import Task
 from vitssl.train import checkpoint
-from vitssl.train.folder import LEDGER, begin, occupy, refuse_another_run, refuse_other_data, run_folder, starting_point
+from vitssl.train.folder import (
+    LEDGER,
+    begin,
+    occupy,
+    recorded,
+    refuse_another_run,
+    refuse_other_data,
+    run_folder,
+    starting_point,
+)
 from vitssl.train.launch import Engine
 from vitssl.train.loop import Event, Saving, fit
 from vitssl.train.planning import batch_split, make_plan, outline
@@ -186,7 +195,7 @@ def begin_session(
         load_optimizer(engine, saved, where=where)
     else:
         create_optimizer(engine)
-    report.trackers = engine.trackers(flat(config.model_dump(mode="json")), step=start)
+    report.trackers = engine.trackers(flat(recorded(config)), step=start)
     damaged = {step for step in there if step > start}
     options = {"start": start, "saved": start, "damaged": damaged, "passing": decided}
     return Session(config, engine, plan, source, report, **options)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from webserver import WebServer, serving
 
-from vitssl.data.stores.base import NoRanges, Unreachable, is_url, shown
+from vitssl.data.stores.base import NoRanges, Unreachable, is_url, shown, unsigned, without_secrets
+from vitssl.data.stores.connections import pools
 from vitssl.data.stores.http import HttpStore
 from vitssl.errors import ConfigError, DataError
 
@@ -99,6 +100,8 @@ LASTING = {  # faults of every request, and what is said
     "stall": "timed out",
     "drip": "bytes in",
     "another place": "other bytes than those asked for",
+    "dripping header": "timed out",
+    "dripping length": "no end in 0.4 s, 3 tries",
 }
 
 
@@ -199,6 +202,36 @@ def test_a_child_opens_its_own_connections(server: WebServer) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and mine == CONTENT[50_000:100_000]
 
 
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    """After half an answer: a part is refused, the whole is begun again."""
+    file, store, other = tmp_path / "a.tar", HttpStore(**QUICK), bytes(reversed(CONTENT))
+    with serving(tmp_path) as server:
+        url, answer = f"{server.url}/a.tar", server.next_fault
+
+        def change(path: str) -> str:
+            if (fault := answer(path)) == "fine":
+                file.write_bytes(other)
+            return fault
+
+        server.next_fault = change
+        file.write_bytes(CONTENT)
+        server.faults = {"a.tar": ["cut"]}
+        with pytest.raises(DataError, match=r"a\.tar: changed while it was read; index it again") as raised:
+            store.read(url, 0, 100_000)
+        assert not isinstance(raised.value, Unreachable)
+        file.write_bytes(CONTENT)
+        server.faults = {"a.tar": ["cut"]}
+        assert fetched(store, url) == other
+
+
+def test_an_address_that_becomes_a_private_one(server: WebServer) -> None:
+    """Between looking a name up and connecting to it."""
+    with pytest.raises(DataError, match=r"127\.0\.0\.1: means a private address now"):
+        pools("", public=True).request("GET", server.url, retries=False)
+    assert not server.requests
+    assert pools("", public=False).request("GET", f"{server.url}/a.tar", retries=False).data == CONTENT
+
+
 def test_names() -> None:
     for path in ("http://a/b", "HTTPS://a", "s3://b/c", "hf://datasets/a", "pipe:cat x", "gs://b"):
         assert is_url(path)
@@ -206,8 +239,25 @@ def test_names() -> None:
         assert not is_url(path)
     assert shown("https://u:p@host:8/a/b.tar?sig=1#x") == "https://host:8/a/b.tar"
     assert shown("/a/b?c.tar") == "/a/b?c.tar"
+    assert shown("pipe:curl -H 'token: x' https://u:p@h/a/b.tar?sig=1") == "pipe:curl ... b.tar"
+    assert unsigned("https://u:p@h/a/b.tar?sig=1") == "https://u:p@h/a/b.tar" and unsigned("/a?b") == "/a?b"
     with pytest.raises(ConfigError, match=r"web servers? do(es)? not list"):
         HttpStore().find("http://a/*.tar")
+
+
+SECRETS = {
+    "https://me:word@h/a.tar": "https://h/a.tar",
+    "https://h/a-{0,1}.tar?X-Amz-Signature=1f&X-Amz-Date=2&download=true#x": "https://h/a-{0,1}.tar?download=true#x",
+    "https://h/a.tar?sv=1&sig=2%2F": "https://h/a.tar?sv=1",
+    f"https://h/a.tar?opaque={'x' * 200}": "https://h/a.tar",
+    "data.path=[https://h/a.tar?token=1,https://h/b.tar?Key=2&v=3]": "data.path=[https://h/a.tar,https://h/b.tar?v=3]",
+    "cannot open 'http://h/a?auth=1': why?": "cannot open 'http://h/a': why?",
+    "/no/url?sig=1": "/no/url?sig=1",
+}
+
+
+def test_secrets_are_left_out() -> None:
+    assert {text: without_secrets(text) for text in SECRETS} == SECRETS
 
 
 HEADERS = {

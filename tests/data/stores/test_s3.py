@@ -1,7 +1,7 @@
 """Shards in an S3-compatible object store: a real server (moto's) on loopback."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,27 @@ def test_the_same_samples_as_on_a_disk(bucket: str, access: Access, shards: Path
     assert [raw.image for raw in far.read(range(100))] == [raw.image for raw in near.read(range(100))]
 
 
+def test_parquet_in_a_bucket(bucket: str, access: Access, parquet: Callable, tmp_path: Path) -> None:
+    client = boto3.client("s3", endpoint_url=json.loads(access.storage)["endpoint_url"])
+    client.upload_file(parquet("d/train-0.parquet"), "bucket", "rows/train-0.parquet")
+    near = open_source(tmp_path / "d")
+    for path, options in {"s3://bucket/rows": {"kind": "parquet"}, "s3://bucket/rows/*.parquet": {}}.items():
+        far = open_source(path, access=access, **options)
+        assert far.fingerprint == near.fingerprint and far.read([23])[0].image == near.read([23])[0].image
+    assert open_source("s3://bucket/rows", split="train", kind="parquet", access=access).num_samples == 24
+    with pytest.raises(DataError, match=r"no tar shards are there \(1 other files\); name kind=parquet"):
+        open_source("s3://bucket/rows", access=access)
+
+
+def test_answers_that_lack_what_they_should_say(access: Access, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = S3Store({})
+    monkeypatch.setattr(store, "_ask", lambda *given, **named: {"Body": b"x"})
+    with pytest.raises(DataError, match="does not say how long it is"):
+        store.stat("s3://bucket/a.tar")
+    with pytest.raises(DataError, match="answers with a range of ''"):
+        store.read("s3://bucket/a.tar", 0, 1)
+
+
 def test_a_fork_reads_too(bucket: str, access: Access, shards: Path) -> None:
     from vitssl.data.loader import batches
     from vitssl.data.order import Order
@@ -69,7 +90,7 @@ def test_a_fork_reads_too(bucket: str, access: Access, shards: Path) -> None:
 def test_what_is_refused(bucket: str, access: Access, endpoint: str) -> None:
     with pytest.raises(DataError, match=r"s3://bucket/set/train-009\.tar: is not there"):
         open_source(f"{bucket}/train-009.tar", access=access)
-    with pytest.raises(DataError, match=r"s3://bucket/none: no tar shard is there"):
+    with pytest.raises(DataError, match=r"s3://bucket/none: no tar shards are there"):
         open_source("s3://bucket/none", access=access)
     store = open_store(bucket, access)
     with pytest.raises(DataError, match=r"ends before byte"):

@@ -76,7 +76,7 @@ def open_source(
     if kind == "parquet":
         with _installed(kind):
             from vitssl.data.sources.parquet import ParquetSource
-        return ParquetSource(path, progress=progress)
+        return ParquetSource(path, access=access, progress=progress)
     if kind == "hub":
         with _installed(kind):
             from vitssl.data.sources.hub import HubSource
@@ -99,11 +99,11 @@ def _installed(kind: str) -> Iterator[None]:
 
 def _kind(path: str | list[str]) -> Kind:
     if not isinstance(path, str):
-        return "parquet" if path and all(is_shard(each, PARQUET) for each in path) else "shards"
+        return "parquet" if path and all(is_shard(parted(each)[1], PARQUET) for each in path) else "shards"
     if is_url(path) or not os.path.isdir(path):
         if os.path.isfile(path) and path.lower().endswith(LISTS):
             return "list"
-        return "parquet" if is_shard(path, PARQUET) else "shards"
+        return "parquet" if is_shard(parted(path)[1], PARQUET) else "shards"
     if is_saved(path):
         return "hub"
     files = [os.path.join(path, name) for name in os.listdir(path) if not name.startswith(".")]
@@ -120,9 +120,11 @@ def _kind(path: str | list[str]) -> Kind:
 def _split(path: str | list[str], split: str, kind: Kind, access: Access) -> str | list[str]:
     """The sub-folder of a split, or its shards."""
     if isinstance(path, str) and is_url(path):
-        found = shards_of_url(path, access)
+        form = PARQUET if kind == "parquet" else TAR
+        found = shards_of_url(path, access, form=form)
         if not (shards := [shard for shard in found if parted(shard)[1].startswith(f"{split}-")]):
-            raise DataError(f"{shown(path)}: none of its {len(found):,} shards is named {split}-*.tar; correct it")
+            named = f"{split}-*{form.suffixes[0]}"
+            raise DataError(f"{shown(path)}: none of its {len(found):,} shards is named {named}; correct it")
         return shards
     if not isinstance(path, str) or not os.path.isdir(path):
         raise ConfigError(f"split {split!r} is looked up in a folder, but {path!r} is none; name a folder or no split")

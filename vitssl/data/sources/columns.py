@@ -47,8 +47,11 @@ def find_columns(schema: pa.Schema, *, where: str) -> Columns:
 
 
 def label_values(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """[N] the values of a label column, -1 for null; those below 0 mean that there is no label."""
-    return pc.fill_null(column.cast(pa.int64(), safe=False), -1).to_numpy()
+    """[N] the values of a label column, -1 for null; those below 0 mean that there is no label.
+
+    Raises pyarrow's ValueError for one that is no signed 64-bit number.
+    """
+    return pc.fill_null(column.cast(pa.int64()), -1).to_numpy()
 
 
 def check_labels(largest: int, classes: tuple[str, ...] | None, *, where: str) -> None:

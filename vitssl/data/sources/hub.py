@@ -30,7 +30,7 @@ class HubSource:
     """
 
     def __init__(self, path: str, *, split: str | None = None) -> None:
-        self.name = path
+        self.name, self._trusted = path, os.path.exists(path)
         found, self._split = _saved(path, split) if is_saved(path) else _loaded(path, split or "train")
         self._columns = find_columns(found.features.arrow_schema, where=path)
         named = [name for name in self._columns[:2] if name is not None]
@@ -76,9 +76,20 @@ class HubSource:
             where = f"{self.name}: row {key}"
             problem = too_large(where, len(content))
             return Raw(key, b"" if problem else content, label, where, problem)
+        problem = ""
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device, which might never end
-            return Raw(key, b"", label, path, f"{path}: is no file, but {self.name} names it as an image; take it out")
+            problem = "is no file"
+        elif not (self._trusted or _is_cached(path)):
+            problem = "is a file of this machine"
+        if problem:
+            return Raw(key, b"", label, path, f"{path}: {problem}, but {self.name} names it as an image; take it out")
         return read_file(path, key=key, label=label)
+
+
+def _is_cached(path: str) -> bool:
+    """Whether the library itself fetched a file."""
+    caches = (os.path.realpath(each) for each in (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE))
+    return any(os.path.realpath(path).startswith(cache + os.sep) for cache in caches)
 
 
 def _saved(path: str, split: str | None) -> tuple[datasets.Dataset, str]:

@@ -60,22 +60,22 @@ def _may_be_shard(path: str) -> bool:
     return not (path.endswith(SUFFIX) or os.path.basename(path) == NAME)
 
 
-def shards_of_url(url: str, access: Access = USUAL) -> list[str]:
-    """The shards of a remote folder or glob: those its manifest names, or those its store lists.
+def shards_of_url(url: str, access: Access = USUAL, *, form: Form = TAR) -> list[str]:
+    """The shards of a remote folder or glob: those its manifest (of tars) names, or those its store lists.
 
     Raises ConfigError for a web server's folder that has no manifest, DataError where there is no shard.
     """
-    rows = read_manifest(url.rstrip("/"), access)
-    found = [f"{url.rstrip('/')}/{os.fsdecode(name)}" for name in rows["name"]] or open_store(url, access).find(url)
-    shards = [each for each in found if is_shard(parted(each)[1])]
+    names = read_manifest(url.rstrip("/"), access)["name"] if form is TAR else ()
+    found = [f"{url.rstrip('/')}/{os.fsdecode(name)}" for name in names] or open_store(url, access).find(url)
+    shards = [each for each in found if is_shard(parted(each)[1], form)]
     if not shards:
-        raise DataError(f"{shown(url)}: no tar shard is there ({len(found):,} other files); correct the address")
+        other = any(is_shard(parted(each)[1], PARQUET) for each in found)
+        hint = "name kind=parquet" if other else "correct the address"
+        raise DataError(f"{shown(url)}: no {form.several} are there ({len(found):,} other files); {hint}")
     return shards
 
 
 def _expand(pattern: str, access: Access, form: Form) -> list[str]:
-    if is_url(pattern) and form is not TAR:
-        raise ConfigError(f"{shown(pattern)}: {form.several} are read from local disks only; fetch them and name their path")
     if not is_url(pattern) and os.path.isdir(pattern):
         shards = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name, form)]
         if not shards:
@@ -88,11 +88,11 @@ def _expand(pattern: str, access: Access, form: Form) -> list[str]:
     try:
         expanded = expand_urls(pattern)
     except ValueError as error:
-        raise ConfigError(f"{pattern!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
+        raise ConfigError(f"{shown(pattern)!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
     if is_url(pattern):
         expanded = [each.partition(":")[0].lower() + ":" + each.partition(":")[2] for each in expanded]
         open_store(pattern, access)  # refuses a scheme before anything is asked
-        whole = [[each] if _is_one(each) else shards_of_url(each, access) for each in expanded]
+        whole = [[each] if _is_one(each, form) else shards_of_url(each, access, form=form) for each in expanded]
         return [shard for found in whole for shard in found]
     shards, missing = [], []
     for each in expanded:
@@ -108,9 +108,9 @@ def _expand(pattern: str, access: Access, form: Form) -> list[str]:
     return shards
 
 
-def _is_one(url: str) -> bool:
+def _is_one(url: str, form: Form) -> bool:
     """Whether a url names one shard, and no folder or glob."""
-    return url.startswith("pipe:") or (is_shard(parted(url)[1]) and not globbed(parted(url)[1]))
+    return url.startswith("pipe:") or (is_shard(parted(url)[1], form) and not globbed(parted(url)[1]))
 
 
 def _holds(folder: str, form: Form) -> str:

@@ -65,7 +65,7 @@ class ShardSource:
         self.mean_bytes = int(rows["size"][sized].sum()) // max(1, int(counts[sized].sum()))
         self._starts = np.cumsum(counts) - counts
         self.recut(default_chunk(self.num_samples, self.mean_bytes if self.by_chunk else None))
-        self._buffer, self._locks = ChunkBuffer(self._fetch, size=_bytes), (-1, [])
+        self._buffer, self._locks = self._new_buffer(), (-1, [])
         self._files: OrderedDict[int, int] = OrderedDict()
         self._indexes: dict[int, ShardIndex | str] = {}  # shared with the threads that fetch chunks
 
@@ -161,6 +161,12 @@ class ShardSource:
         options = {"identity": self._index(number).identity}
         return [(first, remote.read(shard, first, length, size, self.manifest.access, **options)) for first, length in spans]
 
+    def _new_buffer(self) -> ChunkBuffer:
+        return ChunkBuffer(self._fetch, size=_bytes, expected=self._expected)
+
+    def _expected(self, chunk: int) -> int:
+        return int(self.chunks[chunk]) * self.mean_bytes
+
     def _index(self, number: int) -> ShardIndex:
         found = self._indexes.get(number)
         if found is None:
@@ -197,7 +203,7 @@ class ShardSource:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
-        self._buffer = ChunkBuffer(self._fetch, size=_bytes)
+        self._buffer = self._new_buffer()
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():

@@ -5,7 +5,19 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vitssl.data.stores.base import NoRanges, Stat, Store, Unreachable, beside, globbed, is_url, parted, shown
+from vitssl.data.stores.base import (
+    NoRanges,
+    Stat,
+    Store,
+    Unreachable,
+    beside,
+    globbed,
+    is_url,
+    parted,
+    shown,
+    unsigned,
+    without_secrets,
+)
 from vitssl.errors import ConfigError
 
 __all__ = [
@@ -21,6 +33,8 @@ __all__ = [
     "open_store",
     "parted",
     "shown",
+    "unsigned",
+    "without_secrets",
 ]
 
 GIB = 1 << 30
@@ -53,7 +67,7 @@ def open_store(url: str, access: Access) -> Store:
     if scheme == "pipe":
         if not access.shell:
             raise ConfigError(
-                f"{url[:60]!r}: would run a command of the shell; data.allow_shell_urls=true lets it, if you trust it"
+                f"{shown(url)[:60]!r}: would run a command of the shell; data.allow_shell_urls=true lets it, if you trust it"
             )
         return _pipe()
     return _s3(access.storage) if scheme == "s3" else _file_system(scheme, access.storage)

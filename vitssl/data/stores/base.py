@@ -11,6 +11,10 @@ from typing import BinaryIO, NamedTuple, Protocol
 from vitssl.errors import DataError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", flags=re.IGNORECASE)
+_USER = re.compile(r"(?<=://)[^/\s@]*@")
+_QUERY = re.compile(r"(://[^\s?]*)\?([^\s,\]'\"#]*)")
+_SECRET = re.compile(r"sig|token|key|secret|cred|pass|auth|policy|^x-(amz|goog)-", flags=re.IGNORECASE)
+_LONGEST = 100  # characters of a value that can be no secret
 
 
 class Unreachable(DataError):
@@ -68,13 +72,32 @@ def parted(path: str) -> tuple[str, str]:
     return folder, name
 
 
+def without_secrets(text: str) -> str:
+    """A text without the users, passwords and signatures in its urls; what else a query says stays, since it may be needed."""
+
+    def plain(found: re.Match) -> str:
+        said = [(each, *each.partition("=")[::2]) for each in found[2].split("&")]
+        kept = [each for each, name, value in said if not _SECRET.search(name) and len(value) <= _LONGEST]
+        return f"{found[1]}?{'&'.join(kept)}" if any(kept) else found[1]
+
+    return _QUERY.sub(plain, _USER.sub("", text))
+
+
+def unsigned(path: str) -> str:
+    """What names a file for good: a url without its query, since the next signature of a file is another one."""
+    return path if not is_url(path) or path.startswith("pipe:") else "/".join(parted(path))
+
+
 def beside(path: str, suffix: str) -> str:
     """The file whose name is that of ``path`` and a suffix; of a url without its query, which is the shard's alone."""
     return f"{path}{suffix}" if not is_url(path) else "/".join(parted(path)) + suffix
 
 
 def shown(url: str) -> str:
-    """A url for people, logs and ledgers: without user, password and query, which may be secrets."""
+    """A url for people, logs and ledgers: without user, password and query, which may be secrets; of a command, its ends."""
+    if url.startswith("pipe:"):
+        words = url[5:].split()
+        return f"pipe:{words[0]} ... {parted(shown(words[-1]))[1]}" if len(words) > 1 else url
     scheme, mark, rest = url.partition("://")
     if not mark:
         return url

@@ -5,10 +5,8 @@ with the network behind the firewall: at most five, to another host over https o
 the first host's credentials.
 """
 
-import ipaddress
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from vitssl.data.stores.base import NoRanges, Stat, Unreachable, shown
+from vitssl.data.stores.connections import WATCH, host_of, pools, refusal
 from vitssl.errors import ConfigError, DataError
 
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
@@ -40,7 +39,7 @@ class HttpStore:
         self, *, tries: int = 6, wait: float = 0.5, timeout: float = 30.0, trusted: frozenset[str] = frozenset()
     ) -> None:
         self.tries, self.wait, self.timeout, self.trusted = tries, wait, timeout, trusted
-        self._pools: tuple[int, dict[str, urllib3.PoolManager]] = -1, {}
+        self._pools: tuple[int, dict[tuple[str, bool], urllib3.PoolManager]] = -1, {}
 
     def stat(self, url: str) -> Stat:
         """From the answer to a request for the first byte: some servers that know ranges answer HEAD wrongly or not at all."""
@@ -49,7 +48,7 @@ class HttpStore:
             with self._answer(url, {"Range": "bytes=0-0"}) as answer:
                 if answer.status == 416:  # the file is empty
                     return Stat(0, "", ranges=True)
-                tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+                tag = _tag(answer)
                 if answer.status == 206:
                     answer.read()  # one byte: the connection is kept
                     return Stat(_span(url, answer)[2], tag, ranges=True)
@@ -62,7 +61,7 @@ class HttpStore:
 
     def read(self, url: str, offset: int, length: int, *, size: int | None = None) -> bytes:
         """Bytes ``offset`` to ``offset + length``; several requests where the server cuts its answers short."""
-        got = bytearray()
+        got, tags = bytearray(), set()
 
         def ask() -> None:
             first = offset + len(got)
@@ -76,6 +75,9 @@ class HttpStore:
                 begin, _, total = _span(url, answer)
                 if size is not None and total != size:
                     raise DataError(f"{shown(url)}: has {total:,} bytes and had {size:,} when it was indexed; index it again")
+                tags.add(_tag(answer))
+                if len(tags) > 1:
+                    raise DataError(f"{shown(url)}: changed while it was read; index it again")
                 if begin != first:
                     raise Unreachable(f"{shown(url)}: the server sent other bytes than those asked for")
                 for piece in self._pieces(answer):
@@ -87,12 +89,13 @@ class HttpStore:
 
     def fetch(self, url: str, file: BinaryIO) -> None:
         """The whole body, continued where it broke off if the server can, else from its beginning."""
-        start, size = file.tell(), None
+        start, size, tag = file.tell(), None, ""
 
         def ask() -> None:
-            nonlocal size
+            nonlocal size, tag
             done = file.tell() - start
-            with self._answer(url, {"Range": f"bytes={done}-"} if done else {}) as answer:
+            unchanged = {"If-Range": tag} if tag and not tag.startswith("W/") else {}  # or all of it, from its beginning
+            with self._answer(url, {"Range": f"bytes={done}-", **unchanged} if done else {}) as answer:
                 if done and answer.status == 416:  # an earlier answer promised more than there is
                     if answer.headers.get("Content-Range") != f"bytes */{done}":
                         raise DataError(f"{shown(url)}: has {done:,} bytes and was said to have {size:,}; look at the server")
@@ -102,8 +105,8 @@ class HttpStore:
                     file.seek(start)
                     file.truncate()
                 stated = answer.headers.get("Content-Length", "")
-                if file.tell() == start and _is_number(stated):
-                    size = int(stated)
+                if file.tell() == start:
+                    tag, size = _tag(answer), int(stated) if _is_number(stated) else size
                 for piece in self._pieces(answer):
                     file.write(piece)
 
@@ -154,8 +157,9 @@ class HttpStore:
         origin, credentials = urlsplit(url), _credentials(url)
         current = url
         for _ in range(_MOST_REDIRECTS + 1):
-            same = _host(urlsplit(current)) == _host(origin)
-            answer = self._manager(current).request(
+            parts = urlsplit(current)
+            same = host_of(parts) == host_of(origin)
+            answer = self._manager(current, public=not same and parts.hostname not in self.trusted).request(
                 "GET",
                 _without_credentials(current),
                 headers={"Accept-Encoding": "identity", **headers, **(credentials if same else {})},
@@ -176,8 +180,13 @@ class HttpStore:
 
     def _pieces(self, answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
         """The body as it comes. Raises Unreachable for one that trickles: less than 1 KiB a second over a whole timeout."""
-        came, since = 0, time.monotonic()
-        while piece := answer.read1(_PIECE, decode_content=False):
+        came, since, held = 0, time.monotonic(), getattr(answer.connection, "held", None)
+
+        def more() -> bytes:
+            with WATCH.within(held, self.timeout):
+                return answer.read1(_PIECE, decode_content=False)
+
+        while piece := more():
             yield piece
             came += len(piece)
             if (passed := time.monotonic() - since) > self.timeout:
@@ -188,30 +197,20 @@ class HttpStore:
     def _next_place(self, url: str, current: str, location: str) -> str:
         """Where a redirect leads, or DataError where it must not."""
         target = urljoin(current, location)
-        here, there = urlsplit(current), urlsplit(target)
-        if not location or there.scheme not in ("http", "https") or not there.hostname:
-            raise DataError(f"{shown(url)}: redirects to {location[:80]!r}, which is no web address; name the file's own")
-        if _host(there) == _host(here):
-            return target
-        trusted = there.hostname in self.trusted
-        if there.scheme != "https" and not trusted:
-            raise DataError(
-                f"{shown(url)}: redirects to another host without https ({shown(target)}); name the file's own address"
-            )
-        if not trusted and not _public(there.hostname):
-            raise DataError(f"{shown(url)}: redirects to a private address ({shown(target)}); name the file's own address")
+        if reason := refusal(current, target, self.trusted) if location else "is no web address":
+            raise DataError(f"{shown(url)}: redirects to {shown(target)[:80]}, which {reason}; name the file's own address")
         return target
 
-    def _manager(self, url: str) -> urllib3.PoolManager:
+    def _manager(self, url: str, *, public: bool) -> urllib3.PoolManager:
         """This process's connections (a forked child must not talk on its parent's), through the environment's proxy if any."""
         if self._pools[0] != os.getpid():
             self._pools = os.getpid(), {}
         parts, proxies = urlsplit(url), getproxies()
         proxy = "" if proxy_bypass(parts.hostname or "") else proxies.get(parts.scheme, "")
-        pools = self._pools[1]
-        if proxy not in pools:
-            pools[proxy] = urllib3.ProxyManager(proxy, maxsize=32) if proxy else urllib3.PoolManager(maxsize=32)
-        return pools[proxy]
+        known = self._pools[1]
+        if (proxy, public) not in known:
+            known[proxy, public] = pools(proxy, public=public)
+        return known[proxy, public]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_pools": (-1, {})}
@@ -242,6 +241,11 @@ def _span(url: str, answer: urllib3.BaseHTTPResponse) -> tuple[int, int, int]:
     return int(found[1]), int(found[2]), int(found[3])
 
 
+def _tag(answer: urllib3.BaseHTTPResponse) -> str:
+    """What changes with a file's content; empty where the server does not say."""
+    return answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+
+
 def _is_number(text: str) -> bool:
     return re.fullmatch("[0-9]{1,18}", text) is not None
 
@@ -250,32 +254,6 @@ def _in_words(error: Exception) -> str:
     if "IncompleteRead" in str(error):
         return "the answer ended early"
     return " ".join(str(error).split()).rpartition(": ")[2] or type(error).__name__
-
-
-def _host(parts) -> tuple[str, str | None, int | None]:
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _public(host: str) -> bool:
-    """Whether every address of a host is one of the public network; True where it has none: connecting then says so."""
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return True
-    return all(_is_public(ipaddress.ip_address(address.partition("%")[0])) for address in found)
-
-
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Not so where the address, or the IPv4 address inside it, is a private or a shared one."""
-    inner = None
-    if address.version == 6:
-        compatible = int(address) >> 32 in (0, 0x64FF9B << 64)  # ::a.b.c.d, and NAT64's 64:ff9b::a.b.c.d
-        inner = (
-            address.ipv4_mapped
-            or address.sixtofour
-            or (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if compatible else None)
-        )
-    return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
 
 
 def _credentials(url: str) -> dict[str, str]:

@@ -23,16 +23,20 @@ class S3Store:
     def stat(self, url: str) -> Stat:
         """From the object's head."""
         found = self._ask(url, "head_object")
-        return Stat(found["ContentLength"], found["ETag"], ranges=True)
+        if "ContentLength" not in found:
+            raise DataError(f"{shown(url)}: the server does not say how long it is; use another server or a local copy")
+        return Stat(found["ContentLength"], found.get("ETag", ""), ranges=True)
 
     def read(self, url: str, offset: int, length: int, *, size: int | None = None) -> bytes:
         """Bytes ``offset`` to ``offset + length``, in one request."""
         if not length:
             return b""
         found = self._ask(url, "get_object", Range=f"bytes={offset}-{offset + length - 1}")
-        total = int(found["ContentRange"].rpartition("/")[2])
-        if size is not None and total != size:
-            raise DataError(f"{shown(url)}: has {total:,} bytes and had {size:,} when it was indexed; index it again")
+        total = found.get("ContentRange", "").rpartition("/")[2]
+        if not (total.isascii() and total.isdigit()):
+            raise DataError(f"{shown(url)}: the server answers with a range of {total!r}; use another server or a local copy")
+        if size is not None and int(total) != size:
+            raise DataError(f"{shown(url)}: has {int(total):,} bytes and had {size:,} when it was indexed; index it again")
         if len(found["Body"]) != length:
             raise DataError(f"{shown(url)}: ends before byte {offset + length:,}; it changed since it was indexed")
         return found["Body"]
