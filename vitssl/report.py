@@ -75,11 +75,16 @@ class Report:
             self._row = self._bar.add_task("", total=total)
         self._bar.update(self._row, completed=done, total=total, description=text)
 
-    def waiting(self, what: str) -> Callable[[int, int], None]:
-        """A ``progress(done, total)`` callback for work before the run; on plain output one line each tenth."""
+    def waiting(self, what: str) -> Callable[..., None]:
+        """A ``progress(done, total)`` callback for work before the run; on plain output one line each tenth.
+
+        ``note=...`` is said once, before it goes on.
+        """
         told = [-1]
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: int, total: int, *, note: str = "") -> None:
+            if note:
+                self.say(note)
             tenth = 10 * done // max(1, total)
             if self.active and (self.console.is_terminal or tenth > told[0]):
                 told[0] = tenth

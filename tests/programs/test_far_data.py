@@ -85,3 +85,5 @@ def test_a_budget(pretrain: Callable, data: Path, tmp_path: Path) -> None:
         argv = [*far(server.url), "data.index_budget=1e-6"]
         run = pretrain(tmp_path / "run", *argv, env={"VITSSL_CACHE": str(tmp_path / "cache")})
         refused(run, "3 shards have no index yet", "data.index_budget is 1e-06 GB", "vitssl index")
+        run = pretrain(tmp_path / "run", *far(server.url), "length=2", env={"VITSSL_CACHE": str(tmp_path / "cache")}).ok()
+        assert "indexing reads 0.00 GB of remote shards, this once" in run.out

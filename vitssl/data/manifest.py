@@ -74,14 +74,15 @@ def index_shards(
     shards: Sequence[str],
     *,
     access: Access = USUAL,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[..., None] | None = None,
     processes: int | None = None,
     fresh: bool = False,
     counts: Mapping[str, int] | None = None,
 ) -> Manifest:
     """The manifest of a list of shards; indexes that are missing or stale are built, with ``processes`` side by side.
 
-    ``progress(shards done, shards in all)`` is called as they finish; ``processes`` defaults to one per CPU, at most 16.
+    ``progress(shards done, shards in all)`` is called as they finish, first with a ``note`` where remote bytes are to be read;
+    ``processes`` defaults to one per CPU, at most 16.
     ``fresh`` looks at remote shards again instead of believing their manifest; ``counts`` of samples, or a ``sizes.json``
     beside them, spare remote shards the indexing until they are read. Raises DataError naming the shard: missing, empty,
     truncated, compressed, damaged, a sample without an image, a bad label; ConfigError where more bytes would have to come over
@@ -105,9 +106,10 @@ def index_shards(
         stale = _counted(shards, stale, rows, counts or {}, access)
     found = _load(shards, stale, rows, access)
     missing = [number for number, index in found.items() if index is None]
-    _estimate([shards[number] for number in missing], rows["size"][missing], access)
+    far = _estimate([shards[number] for number in missing], rows["size"][missing], access)
     if progress is not None:
-        progress(len(shards) - len(missing), len(shards))
+        said = {"note": f"indexing reads {far / 1e9:,.2f} GB of remote shards, this once"} if far else {}
+        progress(len(shards) - len(missing), len(shards), **said)
     processes = min(processes or os.cpu_count() or 1, 16)
     built = side_by_side(partial(build_index, access=access), [shards[number] for number in missing], processes)
     for done, (number, index) in enumerate(zip(missing, built, strict=True), start=1):
@@ -179,8 +181,8 @@ def _counted(shards: list[str], stale: list[int], rows: NDArray, counts: Mapping
     return [number for number in stale if number not in known]
 
 
-def _estimate(missing: list[str], sizes: NDArray, access: Access) -> None:
-    """Refuse to read more than the budget over the network without having been told to."""
+def _estimate(missing: list[str], sizes: NDArray, access: Access) -> int:
+    """Bytes that indexing reads over the network. Raises ConfigError where they are more than the budget."""
     far = [(shard, int(size)) for shard, size in zip(missing, sizes.tolist(), strict=True) if is_url(shard)]
     total = sum(size for _, size in far)
     if total > access.index_budget:
@@ -190,6 +192,7 @@ def _estimate(missing: list[str], sizes: NDArray, access: Access) -> None:
             f" data.index_budget is {access.index_budget / 1e9:g} GB; run  vitssl index '{shown(far[0][0])}' ...  first, where"
             " the shards are near, or raise the budget"
         )
+    return total
 
 
 def _stat(shard: str) -> tuple[int, int]:
