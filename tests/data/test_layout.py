@@ -111,6 +111,9 @@ def test_lanes_are_those_that_memory_has_room_for(chunk_mib: int, memory: float,
     forced = build(DataConfig, {"memory": memory, "lanes": 600}, where="here")
     (told,) = costs(source, forced, choose_layouts(source, forced))
     needed = -(-2 * 600 * source.mean_bytes * 1000 // 2**30)
+    assert costs(source, config, [Layout(1, 1)], readers=3)[0].startswith("3 loader processes fetch each byte: name data.cache")
+    cached = build(DataConfig, {"memory": memory, "cache": "/here"}, where="here")
+    assert costs(source, cached, [Layout(1, 1)], readers=3) == costs(source, config, [Layout(1, 1)])
     assert told.startswith("600 lanes of chunks of up to") and f"data.memory={needed} or fewer data.lanes" in told
 
 

@@ -61,9 +61,14 @@ def whole_lanes(source: Source, config: DataConfig, *, lanes: Sequence[int], wor
     return workers, loaders // math.gcd(loaders, lanes[0] if len(lanes) == 1 else 1)
 
 
-def costs(source: Source, config: DataConfig, layouts: Sequence[Layout]) -> list[str]:
+def costs(source: Source, config: DataConfig, layouts: Sequence[Layout], *, readers: int = 1) -> list[str]:
     """What reading this data by chunk will cost beyond its bytes once an epoch, in words."""
     parts, found = source.parts if isinstance(source, Joined) else [source], []
+    if readers > 1 and config.cache is None:
+        instead = "" if isinstance(source, Joined) else ", or take data.lanes that processes x data.workers divide"
+        found.append(
+            f"{readers} loader processes fetch each byte: name data.cache, a folder on a local disk that they share{instead}"
+        )
     for part, layout in zip(parts, layouts, strict=True):
         needed = 2 * layout.lanes * _largest(part) * len(parts) if part.by_chunk else 0
         if needed > _memory(config):

@@ -78,7 +78,7 @@ def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
         workers=workers,
         layouts=[list(each) for each in layouts],
         readers=readers,
-        costs=costs(source, config.data, layouts),
+        costs=costs(source, config.data, layouts, readers=readers),
         parameters={group.rule.name: group.size for group in groups} | ({"frozen": frozen} if frozen else {}),
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
     )
