@@ -12,6 +12,7 @@ from vitssl.command import Command
 from vitssl.data.augment import erasing, mixer, rand_augment
 from vitssl.data.feed import evaluation_samples, open_configured, share
 from vitssl.data.sources import Joined, Source, label_like, take_labelled
+from vitssl.data.transforms import check_channels
 from vitssl.errors import ConfigError, DataError
 from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
@@ -101,6 +102,7 @@ def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
         encoder.spec.dim, num_classes, pooling=pooling, norm=norm, init=config.head.init, std=config.head.std
     )
     encoder.spec.refuse_pooling(pooling)
+    check_channels(encoder.spec.channels, arrays=config.data.arrays)
     augment = config.augment
     if augment.rand_augment and encoder.spec.channels not in (1, 3):
         raise ConfigError(f"augment.rand_augment: is for 1 or 3 channels, not {encoder.spec.channels}; set it to null")

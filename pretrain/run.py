@@ -10,6 +10,7 @@ from vitssl.command import Command
 from vitssl.data.bench import bench_data
 from vitssl.data.feed import open_configured
 from vitssl.data.sources import Source
+from vitssl.data.transforms import check_channels
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
 from vitssl.models.plain import PlainMAE
@@ -66,6 +67,7 @@ def run(config: PretrainConfig, command: Command) -> int:
 
 def build_task(config: PretrainConfig) -> Mixture:
     """Encoder and objectives, freshly initialised."""
+    check_channels(config.encoder.channels, arrays=config.data.arrays)
     encoder = Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"}))
     encoder.spec.refuse_pooling(config.pooling)
     parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}

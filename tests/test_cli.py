@@ -6,6 +6,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -77,3 +78,12 @@ def test_check_tells_and_draws(tmp_path: Path) -> None:
     (tmp_path / "photos/a/0.png").write_bytes(b"")
     done = vitssl("check", str(tmp_path / "photos"))
     assert done.returncode == 1 and "0.png: is empty" in done.stdout
+
+
+def test_check_reads_arrays_of_as_many_channels_as_it_is_told(tmp_path: Path) -> None:
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.full((5, 30, 20), 51 * number, dtype=np.uint8))
+    done = vitssl("check", str(tmp_path), "--channels=5")
+    assert done.returncode == 0 and done.stderr == "" and "4, of which 0 are damaged" in done.stdout
+    assert "NPY 4" in done.stdout and "20 px" in done.stdout and f"data.mean=[{', '.join(['0.300'] * 5)}]" in done.stdout
+    assert vitssl("check", str(tmp_path)).returncode == 1

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     check = tools.add_parser("check", help="look at every image: formats, sizes, damage, copies", description=_check.__doc__)
     check.add_argument("source", nargs="+", help="what data.path takes: a folder of images, tars, a glob or a brace pattern")
     check.add_argument("--split", help="sub-folder of the source, or prefix of its shards")
+    check.add_argument("--channels", type=int, help="read .npy and multi-channel .tif as well, of this many channels")
     check.add_argument("--html", type=Path, help="write a page with a contact sheet as well")
     check.add_argument("--processes", type=int, help="processes that look side by side (default: one per CPU)")
     check.set_defaults(tool=_check)
@@ -114,7 +115,8 @@ def _check(arguments: argparse.Namespace) -> int:
     path = arguments.source[0] if len(arguments.source) == 1 else arguments.source
     source = open_source(path, split=arguments.split, progress=report.waiting("indexing"))
     processes = arguments.processes or os.cpu_count() or 1
-    found = examine(source, processes=processes, progress=report.waiting("looking at images"))
+    waiting = report.waiting("looking at images")
+    found = examine(source, channels=arguments.channels, processes=processes, progress=waiting)
     rows = in_words(found)
     rows += [("ignored", f"{source.ignored:,} other files")] if source.ignored else []
     if arguments.html:

@@ -87,6 +87,7 @@ class DataConfig(SourceConfig):
         "batches", description="whether they meet in one batch, or follow each other"
     )
     exif: bool = Field(False, description="whether images (also those looked at) are turned as their camera noted")
+    arrays: bool = Field(False, description="read .npy and multi-channel .tif too: uint8, uint16, bool, floats in 0..1")
     max_pixels: Count = Field(89_478_485, description="of one image, by its header; larger ones are not decoded")
     decode_seconds: Positive = Field(120.0, description="after which an image that hangs its loader process is replaced")
     max_bad_fraction: Fraction = Field(0.01, description="of the images, which may be unusable and are replaced; 0: none")

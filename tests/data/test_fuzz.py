@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from vitssl.data import tarscan
@@ -55,6 +56,38 @@ def test_mutated_images_decode_or_are_named(format: str, mode: str) -> None:
         try:
             pixels = decode(raw)
             assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+            outcomes[0] += 1
+        except DataError as error:
+            assert str(error).startswith("s.tar: k (byte 512): ") and "\n" not in str(error)
+            outcomes[1] += 1
+    assert min(outcomes) > 0 and time.monotonic() - began < SECONDS
+
+
+def arrayed(kind: str) -> bytes:
+    """Six channels of 30 x 40."""
+    values, buffer = np.random.default_rng(0).integers(0, 9, (30, 40, 6), dtype=np.uint8), io.BytesIO()
+    if kind == "npy":
+        np.save(buffer, values)
+    elif kind == "pages":
+        tifffile.imwrite(buffer, values.transpose(2, 0, 1), photometric="minisblack", compression="zlib")
+    else:
+        options = {"tile": (16, 16)} if kind == "tiles" else {}
+        tifffile.imwrite(buffer, values, planarconfig="contig", photometric="minisblack", compression="lzw", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["npy", "pages", "tiles", "strips"])
+def test_mutated_arrays_decode_or_are_named(kind: str) -> None:
+    chance, good, began, outcomes = np.random.default_rng(1), arrayed(kind), time.monotonic(), [0, 0]
+    for number in range(2000):
+        content = bytearray(mutated(good, chance))
+        for place in chance.integers(0, min(len(content), 500), number % 4) if content else ():  # where the headers are
+            content[place] = chance.choice([0, 255, chance.integers(256)])
+        raw = Raw(key="k", image=bytes(content), label=None, where="s.tar: k (byte 512)")
+        try:
+            pixels = decode(raw, 6, arrays=True)
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 6
             outcomes[0] += 1
         except DataError as error:
             assert str(error).startswith("s.tar: k (byte 512): ") and "\n" not in str(error)

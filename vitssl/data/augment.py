@@ -51,7 +51,7 @@ class Normalize(nn.Module):
         if not len(mean) == len(std) == channels:
             raise ConfigError(
                 f"data.mean has {len(mean)} and data.std {len(std)} values for encoder.channels={channels}; "
-                "give one of each per channel"
+                f"give one of each per channel (vitssl check DATA --channels={channels} finds them)"
             )
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)

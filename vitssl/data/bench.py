@@ -55,11 +55,10 @@ def bench_data(
     views = tuple(views)
     layouts = choose_layouts(source, config)
     samples = training_samples(source, config, views, seed=0, layouts=layouts, channels=channels)
-    makers: dict[str, Callable[[], Iterator[int]]] = {
-        "ours": lambda: _ours(samples, config, device),
-        "torchvision": lambda: _torchvision(samples, config, views),
-    }
-    if isinstance(source, ShardSource) and channels == 3 and not source.by_chunk:  # urls are opened under our rules alone
+    makers: dict[str, Callable[[], Iterator[int]]] = {"ours": lambda: _ours(samples, config, device)}
+    if not config.arrays:  # the references know pictures only
+        makers["torchvision"] = lambda: _torchvision(samples, config, views)
+    if _webdataset_reads(source, samples):
         makers["webdataset"] = lambda: _webdataset(source, config, views)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,12 +88,12 @@ def bench_data(
 def _tell(row: dict[str, Any], source: Source, views: tuple[View, ...], report: Report) -> None:
     sizes = ", ".join(f"{view.size[0]} x {view.size[1]}" for view in views)
     others = [name for name in ("torchvision", "webdataset") if f"{name}_per_core" in row]
-    beside = ", ".join(f"{row[f'times_{name}']:.2f} times {name}'s {row[f'{name}_per_core']:,.0f}" for name in others)
+    beside = [f"{row[f'times_{name}']:.2f} times {name}'s {row[f'{name}_per_core']:,.0f}" for name in others]
     cores = f"{row['workers']} loader processes on {os.cpu_count()} cores"
     report.pairs(
         f"{source.num_samples:,} images of {source.name}, {len(views)} views ({sizes})",
         [
-            ("a core", f"{row['ours_per_core']:,.0f} images/s, {beside}"),
+            ("a core", ", ".join([f"{row['ours_per_core']:,.0f} images/s", *beside])),
             (
                 "of it",
                 f"reading {row['read']:.0%}, decoding {row['decode']:.0%}, crop, resize and flip {row['views']:.0%},"
@@ -141,11 +140,17 @@ def _starts(samples: Samples, source: Source, config: DataConfig, views: tuple[V
     first(0)  # the disk's cache is warm for all
     found = [(first(0), first(at)) for _ in range(2 * ROUNDS)]
     row = {"resume_at": at, "start_s": _median(each[0] for each in found), "resume_s": _median(each[1] for each in found)}
-    if isinstance(source, ShardSource) and samples.channels == 3 and not source.by_chunk and at < source.num_samples:
+    if _webdataset_reads(source, samples) and at < source.num_samples:
         began = time.perf_counter()
         next(_webdataset(source, config, views, skip=at))
         row["skip_s"] = round(time.perf_counter() - began, 4)
     return row
+
+
+def _webdataset_reads(source: Source, samples: Samples) -> bool:
+    """Shards of colour pictures; urls are opened under our rules alone."""
+    pictures = samples.channels == 3 and not samples.decoding["arrays"]
+    return isinstance(source, ShardSource) and pictures and not source.by_chunk
 
 
 def _median(seconds: Iterable[float]) -> float:
@@ -249,7 +254,7 @@ def _parts(samples: Samples, device: str, seconds: float) -> dict[str, float]:
         marks = [time.perf_counter()]
         raws = samples.source.read(samples.order.locate(positions))
         marks.append(time.perf_counter())
-        images = [transforms.decode(raw, samples.channels) for raw in raws]
+        images = [transforms.decode(raw, samples.channels, **samples.decoding) for raw in raws]
         marks.append(time.perf_counter())
         views = []
         for view in samples.views:

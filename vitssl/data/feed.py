@@ -107,7 +107,7 @@ def _stride(config: DataConfig, batch_size: int) -> int:
 
 
 def _decoding(config: DataConfig) -> dict[str, Any]:
-    return {"exif": config.exif, "max_pixels": config.max_pixels, "patience": config.decode_seconds}
+    return {name: getattr(config, name) for name in ("exif", "max_pixels", "arrays")} | {"patience": config.decode_seconds}
 
 
 def evaluation_samples(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from vitssl import draws
 from vitssl.data import transforms
+from vitssl.data.arrays import is_npy
 from vitssl.data.index import build_index
 from vitssl.data.manifest import index_shards
 from vitssl.data.pool import side_by_side
@@ -156,6 +157,8 @@ def _write(source: Source, config: PackConfig, task: tuple[Path, NDArray[np.int6
             yield {"__key__": f"{number:09}", extension: content, **label}
 
     write_shard(path, samples())
+    if not seen:
+        raise DataError(f"{path}: none of its {len(bad):,} images can be used; the first: {bad[0]['reason']}")
     build_index(str(path))
     temporary = _seen(path).with_suffix(".tmp")
     temporary.write_text(json.dumps({"seen": seen, "bad": bad}))
@@ -163,12 +166,19 @@ def _write(source: Source, config: PackConfig, task: tuple[Path, NDArray[np.int6
 
 
 def _shrunk(raw: Raw, config: PackConfig) -> tuple[str, bytes, transforms.Pixels | None]:
-    """(extension, encoded image, its pixels if they were decoded). DataError for one that must be decoded and cannot be."""
+    """(extension, encoded image, its pixels if they were decoded). DataError for one that must be decoded and cannot be,
+    ConfigError for an array that is not to be copied as it is."""
     if raw.problem:
         raise DataError(raw.problem)
     extension = raw.where.split(" (byte")[0].rpartition(".")[2].lower()
     extension = extension if extension in IMAGES else transforms.extension(raw)  # a row of a table, a name that says nothing
-    if config.short_side is None and config.max_side is None:
+    resizing = config.short_side is not None or config.max_side is not None
+    if (resizing or config.perceptual) and is_npy(raw.image):
+        raise ConfigError(
+            f"{raw.where}: is an array, and pictures alone are resized or compared by their looks;"
+            " without --short-side, --max-side and --perceptual it is packed as it is"
+        )
+    if not resizing:
         return extension, raw.image, None
     pixels = transforms.decode(raw)
     height, width = pixels.shape[:2]

@@ -39,8 +39,8 @@ class Samples(Dataset):
     ``labels=True`` asks for labels (DataError where the source has not all of them). ``augment`` is applied to every view.
     ``substitute``: an image that does not decode, or that ``quarantine`` holds, is replaced by another of the source, a
     function of (seed, position) and of the bytes alone; with ``leave_out`` its row is missing. The batch says so. ``memory``
-    bytes may be held of a source that is read by chunk; after ``patience`` seconds decoding counts as hung; ``exif`` and
-    ``max_pixels`` as for :func:`transforms.decode`.
+    bytes may be held of a source that is read by chunk; after ``patience`` seconds decoding counts as hung; ``exif``,
+    ``max_pixels`` and ``arrays`` as for :func:`transforms.decode`.
     """
 
     def __init__(
@@ -60,11 +60,12 @@ class Samples(Dataset):
         patience: float = 120.0,
         exif: bool = False,
         max_pixels: int = transforms.MAX_PIXELS,
+        arrays: bool = False,
     ) -> None:
         self.patience, self.pulse = patience, _no_pulse
         self._made: dict[int, _Made] = {}  # views of positions that are still to come, by repeats
         self.divided = 1, 1  # among processes, and among the workers of each
-        self.decoding = {"exif": exif, "max_pixels": max_pixels}
+        self.decoding = {"exif": exif, "max_pixels": max_pixels, "arrays": arrays}
         self.memory, self._begun = memory, False
         assert not (substitute and leave_out), "one of the two"
         self.substitute, self.leave_out, self.quarantine = substitute, leave_out, quarantine

@@ -11,7 +11,11 @@ from typing import BinaryIO, NamedTuple
 
 from vitssl.errors import DataError
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")  # where a sample has several, the first is taken
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+IMAGES = (
+    *PICTURES,
+    "npy",
+)  # where a sample has several, the first is taken: an array beside a picture is what somebody computed
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
 

@@ -18,8 +18,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional
 
 from vitssl import draws
-from vitssl.data.sources.base import Raw
-from vitssl.errors import ConfigError, DataError
+from vitssl.data.arrays import decode_array, is_array, is_npy, is_tiff
+from vitssl.data.sources.base import Raw, printable
+from vitssl.errors import ConfigError, DataError, UserError
 from vitssl.views import View
 
 Pixels = NDArray[np.uint8]
@@ -41,19 +42,30 @@ _RESAMPLING = {
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(raw: Raw, channels: int = 3, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> Pixels:
+def check_channels(channels: int, *, arrays: bool) -> None:
+    """Raise ConfigError for a number of channels that no image would have."""
+    if channels not in _MODES and not arrays:
+        raise ConfigError(
+            f"images decode to 1, 3 or 4 channels, not {channels}; set the encoder's channels to one of these, or"
+            " data.arrays=true, which reads .npy and multi-channel .tif"
+        )
+
+
+def decode(raw: Raw, channels: int = 3, *, exif: bool = False, max_pixels: int = MAX_PIXELS, arrays: bool = False) -> Pixels:
     """Decode an image of any mode to uint8 [H, W, C] (``channels`` 1, 3 or 4); the first frame of an animation.
 
     ``exif`` turns and mirrors it as its camera noted; ``max_pixels`` are judged by the header, before anything is decoded.
+    ``arrays`` reads what :mod:`vitssl.data.arrays` describes as well, of any number of channels.
 
     16-bit values keep their upper byte. Raises DataError naming ``raw.where``: no bytes, not an image, damaged, too many
-    pixels, or floating-point pixels, whose range nobody states.
+    pixels, other channels than asked for, or floating-point pixels, whose range nobody states.
     """
-    if channels not in _MODES:
-        raise ConfigError(f"images decode to 1, 3 or 4 channels, not {channels}; set the encoder's channels to one of these")
+    check_channels(channels, arrays=arrays)
     if raw.problem:
         raise DataError(raw.problem)
     try:
+        if arrays and (is_array(raw.image) or (channels not in _MODES and is_tiff(raw.image))):
+            return decode_array(raw, channels, max_pixels=max_pixels)
         jpeg = channels == 3 and raw.image.startswith(b"\xff\xd8\xff")
         pixels = _decode_jpeg(raw.image, max_pixels) if jpeg else None
         pixels = _decode_any(raw.image, channels, max_pixels) if pixels is None else pixels
@@ -63,15 +75,29 @@ def decode(raw: Raw, channels: int = 3, *, exif: bool = False, max_pixels: int =
             f"{raw.where}: has more than {max_pixels:,} pixels (data.max_pixels); shrink it or take it out"
         ) from None
     except UnidentifiedImageError:
-        what = "is empty" if not raw.image else f"is no image of a known format ({len(raw.image):,} bytes)"
-        raise DataError(f"{raw.where}: {what}; replace it or take it out") from None
+        raise DataError(f"{raw.where}: {_unknown(raw.image)}") from None
+    except UserError:
+        raise
     except Exception as error:  # decoders of damaged bytes raise whatever they like
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
         raise DataError(f"{raw.where}: does not decode ({reason}); replace it or take it out") from None
+
+
+def _unknown(content: bytes) -> str:
+    """What to say of bytes that PIL makes nothing of."""
+    option = "set data.arrays=true (for vitssl check: --channels)"
+    if is_npy(content):
+        return f"is an .npy array; {option} to read it, or take it out"
+    if is_tiff(content):
+        return f"is no TIFF of a plain picture; {option} if it holds other channels, or take it out"
+    what = f"is no image of a known format ({len(content):,} bytes)" if content else "is empty"
+    return f"{what}; replace it or take it out"
 
 
 def extension(raw: Raw) -> str:
     """How a file with these bytes would end. Raises DataError where they are no image."""
+    if is_array(raw.image):
+        return "npy" if is_npy(raw.image) else "tiff"
     try:
         with Image.open(io.BytesIO(raw.image), formats=FORMATS) as image:
             return {"JPEG": "jpg", "MPO": "jpg"}.get(image.format, image.format.lower())
@@ -96,6 +122,8 @@ def _decode_any(content: bytes, channels: int, max_pixels: int) -> Pixels:
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError
+    if channels not in _MODES:
+        raise ValueError(f"a {image.format} has 1, 3 or 4 channels, and encoder.channels is {channels}")
     image.load()
     if image.mode != _MODES[channels] or "transparency" in image.info:
         image = _converted(image, channels)
@@ -158,7 +186,12 @@ def resized(image: Pixels, height: int, width: int, interpolation: str) -> Pixel
     """Antialiased as by PIL (0.04 of 255 away from it in the mean); torch's vector code takes a third of its time."""
     if image.shape[:2] == (height, width):
         return image
-    if interpolation in ("bicubic", "bilinear"):
+    by_torch, channels = interpolation in ("bicubic", "bilinear"), image.shape[2]
+    if channels > 4 or (not by_torch and channels not in (1, 3)):  # torch is slow beyond 4, and PIL would see a picture's alpha
+        step = 4 if by_torch else 1
+        parts = [resized(image[:, :, first : first + step], height, width, interpolation) for first in range(0, channels, step)]
+        return np.concatenate(parts, axis=2)
+    if by_torch:
         planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # [1, C, H, W], channels last
         planes = functional.interpolate(planes, (height, width), mode=interpolation, antialias=True)
         return planes[0].permute(1, 2, 0).numpy()
@@ -215,7 +248,8 @@ def _without_ends(image: Pixels, view: View) -> Pixels:
 def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         if image.mode == "F":
-            raise ValueError("floating-point pixels have no stated range; store 8 or 16 bits")
+            other = ", or set data.arrays=true if they lie in 0..1" if (image.format, channels) == ("TIFF", 1) else ""
+            raise ValueError(f"floating-point pixels have no stated range; store 8 or 16 bits{other}")
         image = Image.fromarray((np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8).astype(np.uint8))
     if channels != 4 and image.has_transparency_data:
         image = image.convert("RGBA")

@@ -19,7 +19,7 @@ from vitssl.data.sources.patterns import PARQUET, TAR, Form, find_shards, is_sav
 from vitssl.data.sources.shards import ShardSource
 from vitssl.data.sources.subset import Subset, label_like, take_labelled
 from vitssl.data.stores import USUAL, Access, is_url, parted, shown
-from vitssl.data.tarscan import IMAGES
+from vitssl.data.tarscan import PICTURES
 from vitssl.errors import ConfigError, DataError
 
 __all__ = [
@@ -112,7 +112,7 @@ def _kind(path: str | list[str]) -> Kind:
         return "folder"
     kind = "shards" if held is TAR else "parquet"
     inside = itertools.chain.from_iterable(os.listdir(file) for file in files if os.path.isdir(file))
-    if any(name.rpartition(".")[2].lower() in IMAGES for name in itertools.chain(files, inside)):
+    if any(name.rpartition(".")[2].lower() in PICTURES for name in itertools.chain(files, inside)):
         raise ConfigError(f"{path}: holds {held.several} and images; say which are meant with kind={kind} or kind=folder")
     return kind
 

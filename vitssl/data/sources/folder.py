@@ -1,7 +1,8 @@
 """A nested folder of images; labels are the first-level folders where every image lies in one.
 
 Chunks hold one file each (up to two million): a file is read by itself, so nothing is gained by keeping neighbours together.
-Surprising: linked folders are followed, each real folder once, because that is how people assemble data sets.
+Surprising: linked folders are followed, each real folder once, because that is how people assemble data sets; and .npy files
+are samples only where there is no picture, since beside pictures they are what somebody computed of them.
 """
 
 import os
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitssl.data.sources.base import Ahead, Raw, fingerprint, one_by_one, read_file
-from vitssl.data.tarscan import IMAGES
+from vitssl.data.tarscan import IMAGES, PICTURES
 from vitssl.errors import DataError
 
 
@@ -26,7 +27,7 @@ class FolderSource:
         if not os.path.isdir(path):
             raise DataError(f"{self.name}: is not a folder; correct the path")
         files = sorted(_files(self.name, set()), key=lambda file: file.split("/"))
-        images = [file for file in files if file.rpartition(".")[2].lower() in IMAGES]
+        images = _ending(files, PICTURES) or _ending(files, IMAGES)
         self.ignored = len(files) - len(images)
         if not images:
             kinds = ", ".join(f".{kind}" for kind in IMAGES)
@@ -55,6 +56,10 @@ class FolderSource:
         file = os.fsdecode(self._files[number])
         label = None if self._labels is None else int(self._labels[number])
         return read_file(os.path.join(self.name, file), key=file, label=label)
+
+
+def _ending(files: list[str], kinds: tuple[str, ...]) -> list[str]:
+    return [file for file in files if file.rpartition(".")[2].lower() in kinds]
 
 
 def _files(folder: str, seen: set[str], prefix: str = "") -> Iterator[str]:
