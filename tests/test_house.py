@@ -24,7 +24,9 @@ FLOORS = {
     4: "cli pretrain finetune",
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}
-FEW_THIRD_PARTIES = {"report": {"rich"}, "probes": {"torch"}} | {word: {"yaml", "pydantic"} for word in FLOORS[0].split()}
+FEW_THIRD_PARTIES = {"report": {"rich"}, "probes": {"torch", "numpy"}} | {
+    word: {"yaml", "pydantic"} for word in FLOORS[0].split()
+}
 FEW_THIRD_PARTIES |= {tool: {"torch"} for tool in ("task", "dist", "losses", "masks", "draws")}
 HOMES = {  # third party -> where it may be imported
     "timm": r"vitssl\.models\..*|vitssl\.data\.augment|vitssl\.interop\.timm",
