@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitssl import draws
+from vitssl.probes.batches import Shuffled
 from vitssl.schedule import Schedule
-from vitssl.views import purpose
 
 _EPS, _BATCH_MOMENTUM = 1e-6, 0.1  # of MAE's BatchNorm1d
-_ORDER = purpose("linear heads")
 
 
 @dataclass(frozen=True)
@@ -105,20 +103,14 @@ class LinearHeads:
 def train_heads(features: Tensor, labels: Tensor, recipe: Recipe, *, num_classes: int, seed: int = 0) -> LinearHeads:
     """Heads trained on features [N, D] with ``labels`` [N], a cosine from each rate to 0 after a linear warm-up.
 
-    Each epoch is a permutation that ``seed`` decides; the rest of an epoch that fills no batch is dropped, as all of the
-    published protocols do, and a set smaller than a batch is one batch.
+    Batches are those of :class:`Shuffled`.
     """
-    batch_size = min(recipe.batch_size, len(features))
-    per_epoch = len(features) // batch_size
-    total = max(1, round(recipe.epochs * per_epoch))
+    batches = Shuffled(len(features), epochs=recipe.epochs, batch_size=recipe.batch_size, seed=seed, device=features.device)
+    total = len(batches)
     heads = LinearHeads(recipe, width=features.shape[1], num_classes=num_classes, seed=seed, device=features.device)
-    schedule = Schedule(peak=1.0, final=0.0, warmup=min(total, round(recipe.warmup * per_epoch)), total=total)
+    schedule = Schedule(peak=1.0, final=0.0, warmup=min(total, round(recipe.warmup * batches.per_epoch)), total=total)
     rates = torch.tensor(recipe.rates, device=features.device)
-    for step in range(total):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0:
-            order = draws.permutation(seed, draws.fold(_ORDER, epoch), len(features)).to(features.device)
-        rows = order[place * batch_size : (place + 1) * batch_size]
+    for step, rows in enumerate(batches):
         losses = heads.step(features[rows].float(), labels[rows], rates * schedule.at(step))
     assert not math.isnan(losses.min()), "the smallest rate of a grid does not diverge"
     return heads
