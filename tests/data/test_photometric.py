@@ -13,7 +13,7 @@ from vitssl.data.photometric import NUM_DRAWS, photometric
 from vitssl.task import Batch
 from vitssl.views import Photometric, View
 
-JITTER = Photometric(jitter=1.0, brightness=0.4, contrast=0.5, saturation=0.6, hue=0.3)
+JITTER = Photometric(jitter=1.0, brightness=0.4, contrast=0.5, saturation=0.6, hue=0.5)
 ALL = Photometric(jitter=0.8, grey=0.2, blur=0.5, solarize=0.2)
 
 
@@ -33,7 +33,8 @@ OPERATIONS = {
     "brightness": (module._brightness, tv.adjust_brightness, (0.0, 0.6, 1.0, 1.4)),
     "contrast": (module._contrast, tv.adjust_contrast, (0.0, 0.6, 1.0, 1.4)),
     "saturation": (module._saturation, tv.adjust_saturation, (0.0, 0.6, 1.0, 1.4)),
-    "hue": (module._hue, tv.adjust_hue, (-0.5, -0.1, 0.0, 0.03, 0.25, 0.5)),
+    "hue": (module._hue_forth, tv.adjust_hue, (0.0, 0.03, 0.1, 1 / 6)),
+    "hue, back": (module._hue_back, lambda image, turn: tv.adjust_hue(image, -turn), (0.0, 0.03, 0.1, 1 / 6)),
 }
 
 

@@ -35,7 +35,7 @@ def seen(batch: Batch, view: View, normalize: "Normalize", *, seed: int) -> Tens
     images = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
     at_once = 1 if pixels.device.type == "cpu" else len(pixels)  # there an image stays in the cache until it is done
     for some, own, into in zip(pixels.split(at_once), numbers.split(at_once), images.split(at_once), strict=True):
-        torch.mul(some, 1 / 255, out=into)
+        into.copy_(some).mul_(1 / 255)  # two simple passes: one that turns bytes round and multiplies takes longer on a CPU
         normalize.in_place(photometric.photometric(into, view.photometric, own))
     return images
 
@@ -57,7 +57,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.in_place(images.to(torch.float32).div_(255))
+        return self.in_place(images.to(torch.float32, memory_format=torch.contiguous_format).div_(255))
 
     def in_place(self, images: Tensor) -> Tensor:
         """float [B, C, H, W] in [0, 1] -> the same tensor, normalised."""

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
@@ -260,7 +259,7 @@ def _parts(samples: Samples, device: str, seconds: float) -> dict[str, float]:
         for view in samples.views:
             numbers = transforms.draw_numbers(view, seed=samples.seed, positions=positions).tolist()
             shown = [transforms.show(image, view, row) for image, row in zip(images, numbers, strict=True)]
-            views.append(torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).contiguous())
+            views.append(transforms.stacked(shown, view, samples.channels))
         marks.append(time.perf_counter())
         for view in views:
             view.to(device)

@@ -49,11 +49,20 @@ def _plan(change: Photometric, row: list[float]) -> list[tuple[Callable[[Tensor,
         for number in sorted(range(4), key=lambda each: row[5 + each]):
             strength = (change.brightness, change.contrast, change.saturation, change.hue)[number]
             turn = (2 * row[1 + number] - 1) * strength  # in (-strength, strength)
-            found += [(_JITTERS[number], turn if number == 3 else max(0.0, 1 + turn))] if strength else []
+            if number == 3:
+                found += _turns(turn) if strength else []
+            else:
+                found += [(_JITTERS[number], max(0.0, 1 + turn))] if strength else []
     found += [(_discolour, 0.0)] if row[9] < change.grey else []
     low, high = change.sigma
     found += [(_blur, low + (high - low) * row[11])] if row[10] < change.blur else []
     return found + ([(_solarize, 0.0)] if row[12] < change.solarize else [])
+
+
+def _turns(shift: float) -> list[tuple[Callable[[Tensor, Any], None], float]]:
+    """A hue's turn by ``shift`` of a circle, in as many parts of at most a sixth as it takes."""
+    parts = max(1, math.ceil(6 * abs(shift)))
+    return [(_hue_forth if shift >= 0 else _hue_back, abs(shift) / parts)] * parts
 
 
 def _together(plans: list[list]) -> Iterator[dict[Callable, tuple[list[int], list[float]]]]:
@@ -80,34 +89,48 @@ def _discolour(images: Tensor, _: Any) -> None:
 
 
 def _brightness(images: Tensor, factor: Tensor | float) -> None:
-    images.mul_(factor).clamp_(0, 1)
+    _cut(images.mul_(factor), factor)
 
 
 def _contrast(images: Tensor, factor: Tensor | float) -> None:
-    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
-    images.mul_(factor).add_((1 - factor) * mean).clamp_(0, 1)
+    mean = _grey(images.mean(dim=(2, 3), keepdim=True))  # of the grey image too: its weights are the same everywhere
+    _cut(torch.lerp(mean, images, factor, out=images), factor)
 
 
 def _saturation(images: Tensor, factor: Tensor | float) -> None:
-    grey = _grey(images).mul_(1 - factor)
-    images.mul_(factor).add_(grey).clamp_(0, 1)
+    _cut(torch.lerp(_grey(images), images, factor, out=images), factor)
 
 
-def _hue(images: Tensor, shift: Tensor | float) -> None:
-    """Turn the hue of HSV by ``shift`` of a circle. With it in [0, 6) red is v - c + c clamp(|h - 3| - 1, 0, 1), green and
-    blue v - c clamp(|h - 2| - 1, 0, 1) and v - c clamp(|h - 4| - 1, 0, 1)."""
+def _cut(images: Tensor, factor: Tensor | float) -> None:
+    """To [0, 1], which only factors above 1 leave."""
+    if isinstance(factor, Tensor) or factor > 1:
+        images.clamp_(0, 1)
+
+
+def _hue_forth(images: Tensor, shift: Tensor | float) -> None:
+    """Turn the hue of HSV by ``shift`` of a circle, from red towards green."""
+    _turn_hue(*images.split(1, dim=1), shift)
+
+
+def _hue_back(images: Tensor, shift: Tensor | float) -> None:
     red, green, blue = images.split(1, dim=1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    inverse = chroma.clamp(min=1e-12).reciprocal_()
-    other_than_green, other_than_red = (value - green).sign_(), (value - red).sign_()  # 0 where it is the largest, else 1
-    hue = torch.lerp((blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4), other_than_green)
-    hue = torch.lerp((green - blue).mul_(inverse), hue, other_than_red).add_(6 * shift)
-    hue.sub_((hue * (1 / 6)).floor_().mul_(6))  # several times faster than a remainder, as lerp is than where
-    least = value - chroma
-    torch.addcmul(least, (hue - 3).abs_().sub_(1).clamp_(0, 1), chroma, out=red)
-    torch.addcmul(value, (hue - 2).abs_().sub_(1).clamp_(0, 1), chroma, value=-1, out=green)
-    torch.addcmul(value, (hue - 4).abs_().sub_(1).clamp_(0, 1), chroma, value=-1, out=blue)
+    _turn_hue(red, blue, green, shift)
+
+
+def _turn_hue(first: Tensor, second: Tensor, third: Tensor, shift: Tensor | float) -> None:
+    """Turn the hue from the first towards the second channel by at most a sixth of a circle, value and chroma as they are.
+
+    Along HSV's hexagon a channel is a plateau with two ramps. For so small a turn both ramps, moved, are linear in the three
+    channels as they were; so no hue is computed, nothing is divided, and greys need no case of their own.
+    """
+    most = torch.maximum(torch.maximum(first, second), third)
+    least = torch.minimum(torch.minimum(first, second), third)
+    chroma, turn = most - least, 6 * shift
+    low, high = chroma * (1 - turn), (chroma * (1 + turn)).add_(least, alpha=2)
+    cycle = (first, second, third), (second, third, first), (third, first, second)
+    turned = [(before + low).clamp_(max=high - before).add_(own).sub_(after) for own, after, before in cycle]
+    for own, found in zip((first, second, third), turned, strict=True):
+        torch.clamp(found, least, most, out=own)
 
 
 def _blur(images: Tensor, sigma: Tensor | float, widest: float | None = None) -> None:
@@ -126,8 +149,8 @@ def _blur(images: Tensor, sigma: Tensor | float, widest: float | None = None) ->
         wide = functional.pad(images, pads, mode="replicate")
         torch.mul(wide.narrow(dim, radius, size), weights[0], out=images)
         for place in range(1, radius + 1):  # sums of shifted images: several times faster than a convolution on a CPU
-            pair = wide.narrow(dim, radius - place, size) + wide.narrow(dim, radius + place, size)
-            images.add_(pair.mul_(weights[place])) if together else images.add_(pair, alpha=weights[place])
+            for shifted in (wide.narrow(dim, radius - place, size), wide.narrow(dim, radius + place, size)):
+                images.addcmul_(shifted, weights[place]) if together else images.add_(shifted, alpha=weights[place])
 
 
 def _solarize(images: Tensor, _: Any) -> None:
@@ -135,4 +158,4 @@ def _solarize(images: Tensor, _: Any) -> None:
     torch.minimum(images, 1 - images, out=images)
 
 
-_JITTERS = (_brightness, _contrast, _saturation, _hue)
+_JITTERS = (_brightness, _contrast, _saturation)

@@ -131,12 +131,11 @@ class Samples(Dataset):
             self._make(raw, group, show)
         made = [self._made.pop(position) for position in positions]
         used = [each for each in made if each.views is not None]
-        images = {view: np.empty((len(used), *view.size, self.channels), dtype=np.uint8) for view in self.views}
-        for number, view in enumerate(self.views):
-            for row, each in enumerate(used):
-                images[view][row] = each.views[number]
         return Batch(
-            views={view: torch.from_numpy(found).permute(0, 3, 1, 2).contiguous() for view, found in images.items()},
+            views={
+                view: transforms.stacked([each.views[number] for each in used], view, self.channels)
+                for number, view in enumerate(self.views)
+            },
             positions=torch.tensor([each.position for each in used], dtype=torch.int64),
             labels=torch.tensor([each.label for each in used], dtype=torch.int64) if self.labels else None,
             keys=tuple(each.key for each in used),
