@@ -48,7 +48,11 @@ def test_a_batch_is_what_its_positions_say(shards: Path, label_of: Callable) -> 
     assert tuple(key.rpartition("/")[2] for key in batch.keys) == tuple(f"{number:04d}" for number in ids)
     assert batch.labels.tolist() == [label_of(number) for number in ids] and batch.labels.dtype == torch.int64
     for view, images in batch.views.items():
-        assert images.shape == (3, 3, *view.size) and images.dtype == torch.uint8 and images.is_contiguous(memory_format=torch.channels_last)
+        assert (
+            images.shape == (3, 3, *view.size)
+            and images.dtype == torch.uint8
+            and images.is_contiguous(memory_format=torch.channels_last)
+        )
     assert not torch.equal(batch.views[CROP], batch.views[TWIN])
     for row, raw in enumerate(samples.source.read(ids)):
         image = Image.fromarray(decode(raw))
