@@ -140,7 +140,7 @@ def waiting(tree: Tree) -> list[str]:
 
 
 def unpickling(tree: Tree) -> list[str]:
-    """``torch.load``, ``pickle`` and what is built on it: none may read what lies on a disk."""
+    """``torch.load``, ``pickle`` and what is built on it: none may read what lies on a disk, but foreign weights in one place."""
     pickles = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
     named = [f"{module} imports {name}" for module in tree for name in imports(tree, module) if name.split(".")[0] in pickles]
 
@@ -148,7 +148,7 @@ def unpickling(tree: Tree) -> list[str]:
         owner = call.value.id if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) else ""
         return isinstance(call, ast.Attribute) and call.attr == "load" and owner in ("torch", "np", "numpy")
 
-    return named + calls(tree, loads, homes="")
+    return named + calls(tree, loads, homes=r"vitssl\.interop\.files")
 
 
 def long_files(tree: Tree) -> list[str]:
