@@ -24,8 +24,8 @@ from PIL import Image
 from tests.webserver import serving
 from vitssl.config import build
 from vitssl.data.feed import evaluation_samples, share, training_samples
+from vitssl.data.layout import choose_layouts
 from vitssl.data.loader import batches
-from vitssl.data.order import Layout
 from vitssl.data.sources import open_source
 from vitssl.data.stores import Access, http
 from vitssl.sections import DataConfig
@@ -88,7 +88,7 @@ def soak(folder: Path, *, minutes: float, workers: int) -> int:
     write(folder / "far", shards=12, samples=400)
     write(folder / "near", shards=2, samples=200)
     http.HttpStore.__init__.__kwdefaults__.update(wait=0.02, timeout=1.0)
-    settings = {"repeats": 2, "memory": 0.01, "max_bad_fraction": 1.0}
+    settings = {"repeats": 2, "memory": 0.01, "lanes": 4, "max_bad_fraction": 1.0}
     config, rows, images, bad = build(DataConfig, settings, where="soak"), [], 0, 0
     end, due = time.monotonic() + 60 * minutes, time.monotonic() + 30
     mine, theirs = multiprocessing.Pipe()
@@ -97,7 +97,8 @@ def soak(folder: Path, *, minutes: float, workers: int) -> int:
     try:
         access = Access(cache=folder / "cache", cache_bytes=20_000_000)
         source, local = open_source(f"{mine.recv()}/s-{{000..011}}.tar", access=access), open_source(folder / "near")
-        samples = training_samples(source, config, [VIEW], seed=0, layouts=[Layout(4, 1024)], channels=3, batch_size=64)
+        layouts = choose_layouts(source, config)
+        samples = training_samples(source, config, [VIEW], seed=0, layouts=layouts, channels=3, batch_size=64)
         looked_at = evaluation_samples(local, config, [VIEW], channels=3)
         while time.monotonic() < end:
             feed = batches(samples, start=images, stop=None, batch_size=64, micro_batch=64, workers=workers)
