@@ -140,7 +140,7 @@ def waiting(tree: Tree) -> list[str]:
 
 
 def unpickling(tree: Tree) -> list[str]:
-    """``torch.load``, ``pickle`` and what is built on it: none may read what lies on a disk, but foreign weights in one place."""
+    """``torch.load``, ``pickle`` and what is built on it: only foreign weights may be read with them, in one place."""
     pickles = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
     named = [f"{module} imports {name}" for module in tree for name in imports(tree, module) if name.split(".")[0] in pickles]
 

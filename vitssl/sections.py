@@ -179,6 +179,8 @@ CHANGEABLE = (
     "data.index_budget",
     "data.cache",
     "data.cache_size",
+    "data.memory",
+    "data.decode_seconds",
     "data.max_bad_fraction",
     "probe",
     "heldout",

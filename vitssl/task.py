@@ -25,6 +25,7 @@ class Bad(NamedTuple):
     known: bool = False  # a quarantine file named it
     passing: bool = False  # the network or the moment decided it, not the bytes
     choice: int = 0  # which of the samples drawn to stand in for it was the first that could
+    sample: int = -1  # its id in the source: at the same position of another run stands another
 
 
 @dataclass(frozen=True)

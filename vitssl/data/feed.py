@@ -1,6 +1,7 @@
 """From the config's data sections to samples and batches."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from vitssl.views import View, purpose
 
 BATCH = 64  # where nobody trains: a benchmark's
 _PART = purpose("order of a part")
+_SECRET = re.compile(r"secret|passw|passphrase|credential|session_token|account_key|^key$|^sas", flags=re.IGNORECASE)
+_NO_SECRETS = ("anon", "google_default", "cache", "cloud", "browser")  # what a token may say of where to look for one
 
 Progress = Callable[[int, int], None]
 
@@ -33,6 +36,12 @@ def open_configured(config: SourceConfig, *, key: str, progress: Progress | None
 
 
 def _access(config: SourceConfig) -> Access:
+    for name, value in config.storage.items():
+        if _SECRET.search(name) or (name == "token" and value not in _NO_SECRETS):
+            raise ConfigError(
+                f"data.storage.{name}: a config is written down, so it is no place for secrets; give it in the environment, or"
+                " in the file where the store's own tools look for it"
+            )
     return Access(
         trusted=frozenset(config.trusted_hosts),
         shell=config.allow_shell_urls,

@@ -25,7 +25,6 @@ from vitssl.errors import DataError
 VERSION = 1
 SUFFIX = ".index"  # of a sidecar, after the name of its shard
 NO_LABEL = np.iinfo(np.int64).min
-_ENDS = 64 << 10  # bytes at each end of a shard that go into its identity
 
 
 @dataclass
@@ -126,7 +125,7 @@ def _from_afar(shard: str, identity: str, access: Access) -> ShardIndex | None:
     path = cached(shard, SUFFIX)
     replace_file(path, content)
     index = _read(path, shard=shard)
-    if index is not None and index.identity == identity:
+    if index is not None and index.identity == identity and index.num_samples:
         size = int(identity.partition("-")[0])
         offsets, lengths = index.records["offset"], index.records["length"]
         inside = offsets.min() >= 0 and lengths.min() >= 0 and offsets.max() <= size and (lengths <= size - offsets).all()
@@ -158,13 +157,9 @@ def replace_file(path: Path, content: bytes) -> None:
 def identity_of(shard: str, access: Access) -> str:
     """Size and hash of both ends of a file: what tells whether it is still the same."""
     if is_url(shard):
-        size, first, last = remote.ends(shard, _ENDS, access)
-        return f"{size}-{hashlib.blake2b(first + last, digest_size=16).hexdigest()}"
+        return remote.identity(*remote.ends(shard, remote.ENDS, access))
     with open(shard, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        ends = file.read(_ENDS)
-        file.seek(max(0, size - _ENDS))
-        return f"{size}-{hashlib.blake2b(ends + file.read(_ENDS), digest_size=16).hexdigest()}"
+        return remote.identity_of_file(file)
 
 
 def _write(index: ShardIndex, path: Path) -> None:

@@ -23,11 +23,12 @@ from vitssl.data import remote
 from vitssl.data.counts import counts_beside
 from vitssl.data.index import ShardIndex, build_index, cached, index_once, load_index, replace_file
 from vitssl.data.pool import side_by_side
-from vitssl.data.stores import USUAL, Access, is_url, parted, shown, unsigned
+from vitssl.data.stores import USUAL, Access, Passing, is_url, parted, shown, unsigned
 from vitssl.errors import ConfigError, DataError
 
 VERSION = 1
 NAME = "vitssl.manifest"
+_MOST = 1 << 48  # of anything that is counted: more is a lie, or damage
 _COUNTED = "counted"  # begins the identity of a shard of which only the number of samples is known
 _COUNTS = [(name, "<i8") for name in ("size", "mtime", "samples", "unlabelled", "ignored")]
 
@@ -55,16 +56,17 @@ class Manifest:
         """The index of a shard. Raises DataError where it is no longer the one that this manifest counted."""
         if number in self.kept:
             return self.kept[number]
-        shard, identity = self.shards[number], self.rows["identity"][number].decode()
+        shard, identity = self.shards[number], self.rows["identity"][number].decode("ascii", "replace")
         if counted := identity.startswith(_COUNTED):
             identity = None
         found = load_index(shard, identity=identity, access=self.access)
         if found is None and is_url(shard):  # the manifest came with the data, the sidecar did not
             found = index_once(shard, self.access)
             if not counted and found.identity != identity:
-                raise DataError(f"{shown(shard)}: changed since it was indexed; run  vitssl index  again")
-        if counted and found is not None and found.num_samples != (said := int(self.rows["samples"][number])):
-            raise DataError(f"{shown(shard)}: holds {found.num_samples:,} samples, {said:,} were counted; correct the count")
+                raise Passing(f"{shown(shard)}: changed since it was indexed; run  vitssl index  again")
+        if found is not None and found.num_samples != (said := int(self.rows["samples"][number])):
+            what = "correct the count" if counted else "run  vitssl index  again"
+            raise DataError(f"{shown(shard)}: holds {found.num_samples:,} samples, {said:,} were counted; {what}")
         if found is None:
             raise DataError(f"{shard}: its index changed while in use; leave the shards alone and start again")
         return found
@@ -249,7 +251,10 @@ def _parsed(content: bytes) -> NDArray | None:
     try:
         head = json.loads(line)
         if head["format"] == "vitssl-manifest" and head["version"] == VERSION:
-            return np.frombuffer(content, row_type(head["name_bytes"]), count=head["shards"])
+            rows = np.frombuffer(content, row_type(head["name_bytes"]), count=head["shards"])
+            counts = [rows[name] for name in ("samples", "unlabelled", "ignored", "size")]
+            if all(((each >= 0) & (each < _MOST)).all() for each in counts) and rows["samples"].sum() < _MOST:
+                return rows
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         pass
     return None

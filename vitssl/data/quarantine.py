@@ -39,10 +39,11 @@ def count_bad(folder: Path) -> int:
 
 
 class Decided(NamedTuple):
-    """What the network or the moment once decided at a position: the reason, and which of the samples drawn stood in."""
+    """What the network or the moment once decided of a sample: the reason, which of those drawn stood in, and its id."""
 
     reason: str
     choice: int
+    sample: int
 
 
 class Quarantine(NamedTuple):
@@ -51,6 +52,11 @@ class Quarantine(NamedTuple):
 
     keys: frozenset[str] = frozenset()
     positions: Mapping[int, Decided] = MappingProxyType({})
+
+    def decided(self, position: int, sample: int) -> Decided | None:
+        """What was decided at a position, if the same sample stood there: a run of another seed has others."""
+        found = self.positions.get(position)
+        return found if found is not None and found.sample == sample else None
 
 
 def passing(folder: Path) -> dict[int, Decided]:
@@ -70,7 +76,7 @@ def _rows(folder: Path) -> list[dict]:
 
 
 def _decided(rows: list[dict]) -> dict[int, Decided]:
-    return {row["position"]: Decided(row["reason"], row["choice"]) for row in rows if row.get("passing")}
+    return {row["position"]: Decided(row["reason"], row["choice"], row["sample"]) for row in rows if row.get("passing")}
 
 
 def read_quarantine(path: Path | None) -> Quarantine:

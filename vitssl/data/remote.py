@@ -1,6 +1,7 @@
 """What is asked of a shard that lies elsewhere: its size, its ends, small files beside it, and a copy of it for a while."""
 
 import functools
+import hashlib
 import io
 import os
 import tempfile
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vitssl.data.cache import DiskCache, drop_left_over
-from vitssl.data.stores import Access, NoRanges, Stat, Unreachable, is_url, open_store, shown, unsigned
+from vitssl.data.stores import Access, NoRanges, Passing, Stat, Unreachable, is_url, open_store, shown, unsigned
 from vitssl.errors import DataError
 
 _whole: dict[str, str] = {}  # shards that can only be had whole, and where their copies are
+_identities: dict[str, str] = {}  # of those copies
+ENDS = 64 << 10  # bytes at each end of a file that go into its identity
 _TRIES = 5  # to open a file that is fetched
 _SMALL = 256 << 20  # bytes of an index or a manifest: of more than that nothing good is to be expected
 
@@ -65,9 +68,10 @@ def read(shard: str, offset: int, length: int, size: int | None, access: Access,
                 cache.put(key, content)
     except NoRanges:
         with _opened(shard, access) as file:
+            if (now := _checked(shard, identity, file)) != identity:
+                said = f"{shown(shard)}: changed since it was indexed ({now.partition('-')[0]} bytes now); index it again"
+                raise Passing(said) from None
             content = os.pread(file.fileno(), length, offset)
-        if len(content) < length:
-            raise DataError(f"{shown(shard)}: ends before byte {offset + length:,}; it changed since it was indexed") from None
     return content
 
 
@@ -77,15 +81,16 @@ def copy_of(shard: str, access: Access) -> Iterator[str]:
     if not is_url(shard):
         yield shard
         return
-    if not stat(shard, access).ranges:
-        _whole.pop(shard, None)  # who indexes it wants what is there now
+    found = stat(shard, access)
+    if not found.ranges:
+        _forget(shard)  # who indexes it wants what is there now
         yield _kept(shard, access)
         return
     folder = user_cache() / "index"
     folder.mkdir(parents=True, exist_ok=True)
     drop_left_over(folder)
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") as file:
-        open_store(shard, access).fetch(shard, file)
+        open_store(shard, access).fetch(shard, file, size=found.size)
         file.flush()
         yield file.name
 
@@ -98,7 +103,7 @@ def small_file(url: str, access: Access) -> bytes | None:
         store.fetch(url, content)
     except Unreachable:
         raise
-    except DataError:
+    except DataError:  # there is none, or none that can be one
         return None
     return content.getvalue()
 
@@ -118,6 +123,32 @@ class _Bounded(io.BytesIO):
         return super().write(content)
 
 
+def identity_of_file(file: BinaryIO) -> str:
+    """Size and hash of both ends of a local file: what tells whether it is still the same."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    ends = file.read(ENDS)
+    file.seek(max(0, size - ENDS))
+    return identity(size, ends, file.read(ENDS))
+
+
+def identity(size: int, first: bytes, last: bytes) -> str:
+    """Of a file's ends, which may overlap."""
+    return f"{size}-{hashlib.blake2b(first + last, digest_size=16).hexdigest()}"
+
+
+def _forget(shard: str) -> None:
+    _whole.pop(shard, None)
+    _identities.pop(shard, None)
+
+
+def _checked(shard: str, wanted: str, file: BinaryIO) -> str:
+    """The identity of a whole copy, looked at once a process."""
+    if shard not in _identities:
+        _identities[shard] = identity_of_file(file) if "-" in wanted else wanted
+    return _identities[shard]
+
+
 def _opened(shard: str, access: Access) -> BinaryIO:
     """The whole copy of a shard, which others may drop between filling and opening it."""
     for _ in range(_TRIES):
@@ -132,5 +163,7 @@ def _kept(shard: str, access: Access) -> str:
         store = open_store(shard, access)
         found = store.stat(shard)
         key = f"{unsigned(shard)} {found.size} {found.tag} whole"
-        _whole[shard] = disk_cache(access).file(key, lambda file: store.fetch(shard, file))
+        size = found.size if found.size >= 0 else None
+        _forget(shard)
+        _whole[shard] = disk_cache(access).file(key, lambda file: store.fetch(shard, file, size=size))
     return _whole[shard]

@@ -87,14 +87,17 @@ class Samples(Dataset):
     def without(self, positions: Iterable[int], reason: str) -> "Samples":
         """The same, passing over these positions. Raises DataError where nothing may stand in for them."""
         mine = copy.copy(self)
-        raws = self.source.read(self.order.locate(positions := list(positions)))
+        ids = self.order.locate(positions := list(positions)).tolist()
+        raws = self.source.read(ids)
         told = {position: f"{raw.where}: {reason}" for position, raw in zip(positions, raws, strict=True)}
         if not (self.substitute or self.leave_out):
             raise DataError(f"{next(iter(told.values()))}; take it out")
         known = self.quarantine.positions
         decided = {  # at a position that was passed over before, it is what stood in that is to blame
-            position: known[position]._replace(choice=known[position].choice + 1) if position in known else Decided(text, 0)
-            for position, text in told.items()
+            position: before._replace(choice=before.choice + 1)
+            if (before := self.quarantine.decided(position, sample))
+            else Decided(told[position], 0, sample)
+            for position, sample in zip(positions, ids, strict=True)
         }
         mine.quarantine = self.quarantine._replace(positions={**known, **decided})
         return mine
@@ -114,7 +117,8 @@ class Samples(Dataset):
                 groups.append([position, *self._again(position)])
                 coming.update(groups[-1])
         fresh = np.array([group[0] for group in groups], dtype=np.int64)
-        raws = self.source.read(self.order.locate(fresh), self._ahead(fresh)) if groups else []
+        ids = self.order.locate(fresh)
+        raws = self.source.read(ids, self._ahead(fresh)) if groups else []
         targets = np.array([position for group in groups for position in group], dtype=np.int64)
         numbers = {view: transforms.draw_numbers(view, seed=self.seed, positions=targets).tolist() for view in self.views}
         seeds = {view: self._augment_seeds(view, targets) for view in self.views}
@@ -127,8 +131,8 @@ class Samples(Dataset):
                 for view in self.views
             )
 
-        for raw, group in zip(raws, groups, strict=True):
-            self._make(raw, group, show)
+        for raw, sample, group in zip(raws, ids.tolist(), groups, strict=True):
+            self._make(raw, sample, group, show)
         made = [self._made.pop(position) for position in positions]
         used = [each for each in made if each.views is not None]
         return Batch(
@@ -143,20 +147,20 @@ class Samples(Dataset):
         )
 
     def _make(
-        self, raw: Raw, group: list[int], show: Callable[[transforms.Pixels, int], tuple[transforms.Pixels, ...]]
+        self, raw: Raw, sample: int, group: list[int], show: Callable[[transforms.Pixels, int], tuple[transforms.Pixels, ...]]
     ) -> None:
         """Decode a sample once and make the views of all positions of ``group``; where it cannot be used, those of others."""
         self.pulse(group[0])
-        first = self.quarantine.positions.get(group[0])
+        first = self.quarantine.decided(group[0], sample)
         image, reason = (None, first.reason) if first else self._decoded(raw)
         for position in group:
-            decided = self.quarantine.positions.get(position, first)
+            decided = self.quarantine.decided(position, sample) or first
             if image is not None and not decided:
                 self._made[position] = _Made(position, raw.key, raw.label, show(image, position))
                 continue
             known = raw.key in self.quarantine.keys
             passing = decided is not None or (raw.passing and not known)
-            bad = Bad(position, raw.key, "", decided.reason if decided else reason, known, passing)
+            bad = Bad(position, raw.key, "", decided.reason if decided else reason, known, passing, sample=sample)
             made = _Made(position, raw.key, raw.label, None, bad)
             if not self.leave_out:
                 served, other, choice, lucky = self._another(position, bad.reason, first=decided.choice if decided else 0)

@@ -98,6 +98,19 @@ def refuse_other_data(saved: Saved, source: Source, *, where: Path) -> None:
         )
 
 
+def refuse_disagreement(source: Source, *, micro_batch: int) -> None:
+    """Raise where the processes of a run do not mean the same: they would train on samples twice, or wait for each other."""
+    prints = dist.gather_lists([source.fingerprint])
+    other = next((rank for rank, each in enumerate(prints) if not same_samples(prints[0], each)), None)
+    if other is not None:
+        raise DataError(f"{source.name}: process {other} sees other data than process 0; give all machines the same")
+    sizes = dist.gather_lists([micro_batch])
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"micro_batch: what fits is {min(sizes)} on one process and {max(sizes)} on another; set micro_batch={min(sizes)}"
+        )
+
+
 def occupy(folder: Path) -> None:
     """Keep other programs out of a run's folder for as long as this process lives. Raises ConfigError if one is in it.
 

@@ -9,6 +9,7 @@ import torch
 
 from vitssl import dist
 from vitssl.data.layout import choose_layouts, choose_workers, costs, whole_lanes
+from vitssl.data.order import Layout
 from vitssl.data.sources import Source
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
@@ -45,8 +46,11 @@ def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:
     return split_batch(config.batch_size, dist.world(), config.micro_batch, fits=fits)
 
 
-def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
-    """Every derived number of the run. Raises ConfigError where the config cannot be run."""
+def make_plan(config: ProgramConfig, task: Task, source: Source, *, layouts: Sequence[Layout] | None = None) -> Plan:
+    """Every derived number of the run, whose order is laid out as ``layouts`` say where it was begun before.
+
+    Raises ConfigError where the config cannot be run.
+    """
     device = choose_device(config.launch)
     precision = choose_precision(config.launch, device)
     micro_batch, accumulation = batch_split(config, task)
@@ -56,7 +60,8 @@ def make_plan(config: ProgramConfig, task: Task, source: Source) -> Plan:
     groups = group_parameters(task)
     each = activations(task.stacks(), config, precision)
     chosen = choose_workers(config.data, device=device)
-    layouts = choose_layouts(source, config.data, loaders=dist.world() * max(1, chosen))
+    layouts = layouts or choose_layouts(source, config.data, loaders=dist.world() * max(1, chosen))
+    layouts = dist.gather_lists([list(layouts)])[0]  # the first process's: machines may know different things of the data
     workers, readers = whole_lanes(source, config.data, lanes=[each.lanes for each in layouts], workers=chosen)
     frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
     return Plan(

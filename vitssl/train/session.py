@@ -5,7 +5,7 @@ Both programs hand it how to build their task and what to feed it; it knows neit
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from vitssl.train.folder import (
     occupy,
     recorded,
     refuse_another_run,
+    refuse_disagreement,
     refuse_other_data,
     run_folder,
     starting_point,
@@ -160,13 +161,14 @@ def begin_session(
     )
     with engine.accelerator.local_main_process_first():
         source = open_data(report)
-    plan = make_plan(config, shape, source)
+    refuse_disagreement(source, micro_batch=micro_batch)
     there = checkpoint.steps(folder / "checkpoints")
     saved, where = starting_point(folder, config, report)
     start = saved.step if saved else 0
     if saved:
         refuse_other_data(saved, source, where=where)
-        plan = replace(plan, layouts=saved.facts["layouts"])
+    layouts = [Layout(*each) for each in saved.facts["layouts"]] if saved else None
+    plan = make_plan(config, shape, source, layouts=layouts)
     if start >= plan.steps:
         finished = f"{where} is finished: step {start:,} of {plan.steps:,}. A larger length goes on"
         if where != folder:

@@ -248,9 +248,12 @@ def test_names() -> None:
 SECRETS = {
     "https://me:word@h/a.tar": "https://h/a.tar",
     "https://h/a-{0,1}.tar?X-Amz-Signature=1f&X-Amz-Date=2&download=true#x": "https://h/a-{0,1}.tar?download=true#x",
-    "https://h/a.tar?sv=1&sig=2%2F": "https://h/a.tar?sv=1",
-    f"https://h/a.tar?opaque={'x' * 200}": "https://h/a.tar",
-    "data.path=[https://h/a.tar?token=1,https://h/b.tar?Key=2&v=3]": "data.path=[https://h/a.tar,https://h/b.tar?v=3]",
+    "https://h/a.tar?sv=1&sig=2%2F": "https://h/a.tar",
+    "https://h/a.tar?md5=abc&expires=99&versionId=x.1": "https://h/a.tar?versionId=x.1",
+    f"https://h/a.tar?v={'x' * 200}": "https://h/a.tar",
+    "http://me:top@word@h/a.tar": "http://h/a.tar",
+    "https://h/a.tar?hdnts=exp=1~acl=/*,hmac=secret": "https://h/a.tar",
+    "pipe:curl -u me:word https://h/a.tar": "pipe:curl ... a.tar",
     "cannot open 'http://h/a?auth=1': why?": "cannot open 'http://h/a': why?",
     "/no/url?sig=1": "/no/url?sig=1",
 }

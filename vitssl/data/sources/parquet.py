@@ -25,7 +25,7 @@ from vitssl.data.index import identity_of
 from vitssl.data.sources.base import DEFAULT_MEMORY, Ahead, Raw, fingerprint, too_large
 from vitssl.data.sources.columns import Columns, check_labels, find_columns, label_values, reason, stored
 from vitssl.data.sources.patterns import PARQUET, find_shards, shortened
-from vitssl.data.stores import USUAL, Access, Unreachable, is_url, parted, shown
+from vitssl.data.stores import USUAL, Access, Passing, Unreachable, is_url, parted, shown
 from vitssl.errors import DataError
 
 _THREADS = 16  # that read footers, most of the time waiting for a server
@@ -162,7 +162,7 @@ class ParquetSource:
         try:
             images, labels = self._buffer.get(group, limit=memory)
         except DataError as error:
-            return Raw(key, b"", None, where, str(error), passing=isinstance(error, Unreachable))
+            return Raw(key, b"", None, where, str(error), passing=isinstance(error, Passing))
         content, path = stored(images[place].as_py())
         label = None if labels is None or labels[place] < 0 else int(labels[place])
         problem = too_large(where, len(content))

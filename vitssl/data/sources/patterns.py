@@ -2,8 +2,11 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from braceexpand import braceexpand
 
 from vitssl.data.index import SUFFIX
 from vitssl.data.manifest import NAME, read_manifest
@@ -22,6 +25,9 @@ class Form(NamedTuple):
 # Compressed tars too: refused, not overlooked.
 TAR = Form("tar", "tar shards", (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 PARQUET = Form("parquet file", "parquet files", (".parquet",))
+
+
+_SEVERAL = re.compile(r"::(?![^\[]*\])")  # between patterns, as webdataset has it; not the colons of an IPv6 address
 
 
 def find_shards(path: str | Sequence[str], access: Access = USUAL, *, form: Form = TAR) -> list[str]:
@@ -83,10 +89,8 @@ def _expand(pattern: str, access: Access, form: Form) -> list[str]:
         return shards
     if os.path.exists(pattern):
         return [pattern]
-    from webdataset.shardlists import expand_urls  # imports torch's data loading: only where a pattern is to be expanded
-
     try:
-        expanded = expand_urls(pattern)
+        expanded = [each for part in _SEVERAL.split(pattern) for each in braceexpand(part)]
     except ValueError as error:
         raise ConfigError(f"{shown(pattern)!r}: braces do not match ({error}); write ranges as {{000..099}}") from None
     if is_url(pattern):

@@ -22,7 +22,7 @@ from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
 from vitssl.data.sources.base import DEFAULT_MEMORY, MAX_BYTES, UNREAD, Ahead, Raw, cut, fingerprint, printable
 from vitssl.data.sources.patterns import find_shards, shortened
-from vitssl.data.stores import USUAL, Access, Unreachable, is_url, parted, shown
+from vitssl.data.stores import USUAL, Access, Passing, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
 
 Chunk = list[tuple[int, bytes]]
@@ -47,7 +47,7 @@ class ShardSource:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.name = shortened(path)
-        counts = read_wids(path, access) if isinstance(path, str) and path.lower().endswith(".json") else {}
+        counts = read_wids(path, access) if isinstance(path, str) and parted(path)[1].lower().endswith(".json") else {}
         shards = list(counts) or find_shards(path, access)
         if len({is_url(shard) for shard in shards}) > 1:
             raise ConfigError(f"{self.name}: some shards are local and some are not; name them apart, in data.sources")
@@ -133,7 +133,7 @@ class ShardSource:
             return Raw(f"{name}/{key}", b"", label, where, f"{where}: {reason}", passing=True)
         except DataError as error:
             reason = str(error) if not where or shown(self.manifest.shards[number]) in str(error) else f"{where}: {error}"
-            return Raw(f"{name}/{key}", b"", label, where, reason, passing=isinstance(error, Unreachable))
+            return Raw(f"{name}/{key}", b"", label, where, reason, passing=isinstance(error, Passing))
         return Raw(f"{name}/{key}", image, label, where)
 
     def _name(self, number: int) -> str:
@@ -185,7 +185,7 @@ class ShardSource:
         """A shard's index, or why there is none and will be none."""
         try:
             return self.manifest.open(number)
-        except Unreachable:
+        except Passing:
             raise
         except DataError as error:
             return str(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vitssl.data.stores.base import (
     NoRanges,
+    Passing,
     Stat,
     Store,
     Unreachable,
@@ -24,6 +25,7 @@ __all__ = [
     "USUAL",
     "Access",
     "NoRanges",
+    "Passing",
     "Stat",
     "Store",
     "Unreachable",

@@ -1,7 +1,8 @@
 """The one contract of every place that holds files: how large one is, some of its bytes, all of its bytes.
 
-Two kinds of failure: what is wrong with the file or the request raises DataError and will be so again; what the network or the
-moment decided raises :class:`Unreachable`, after the store has tried for a while. Stores are small pickles and survive a fork.
+What is wrong with a request raises DataError and will be so again. What the network or the moment decided raises
+:class:`Passing`: at once where the store gave an answer, as :class:`Unreachable` where there was none for a while. Stores are
+small pickles and survive a fork.
 """
 
 import os
@@ -11,13 +12,17 @@ from typing import BinaryIO, NamedTuple, Protocol
 from vitssl.errors import DataError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:", flags=re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/\s@]*@")
-_QUERY = re.compile(r"(://[^\s?]*)\?([^\s,\]'\"#]*)")
-_SECRET = re.compile(r"sig|token|key|secret|cred|pass|auth|policy|^x-(amz|goog)-", flags=re.IGNORECASE)
-_LONGEST = 100  # characters of a value that can be no secret
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY = re.compile(r"(://[^\s?]*)\?([^\s\]'\"#]*)")
+_NAMES = "v|version|versionid|generation|revision|rev|ref|download|dl|raw|alt|format"  # of what in a query is no secret
+_HARMLESS = re.compile(rf"({_NAMES})=[\w.-]{{0,64}}", flags=re.IGNORECASE)
 
 
-class Unreachable(DataError):
+class Passing(DataError):
+    """What a store said of a file, and may say otherwise tomorrow: that it is not there, not ours, or another than then."""
+
+
+class Unreachable(Passing):
     """Bytes that did not come although they were asked for again and again: the network's fault, or the moment's."""
 
 
@@ -37,15 +42,15 @@ class Store(Protocol):
     """Files named by urls."""
 
     def stat(self, url: str) -> Stat:
-        """Raises DataError where there is no such file, Unreachable."""
+        """Raises Passing, where there is no such file among others."""
         ...
 
     def read(self, url: str, offset: int, length: int, *, size: int | None = None) -> bytes:
-        """Exactly these bytes of a file of ``size``. Raises DataError (gone, of another size), NoRanges, Unreachable."""
+        """Exactly these bytes of a file of ``size``. Raises Passing (gone, of another size), NoRanges."""
         ...
 
-    def fetch(self, url: str, file: BinaryIO) -> None:
-        """Write all bytes to ``file``. Raises DataError, Unreachable."""
+    def fetch(self, url: str, file: BinaryIO, *, size: int | None = None) -> None:
+        """Write all bytes to ``file``, which are ``size``. Raises Passing, where they are not as many among others."""
         ...
 
     def find(self, pattern: str) -> list[str]:
@@ -73,14 +78,16 @@ def parted(path: str) -> tuple[str, str]:
 
 
 def without_secrets(text: str) -> str:
-    """A text without the users, passwords and signatures in its urls; what else a query says stays, since it may be needed."""
+    """A text without the users, passwords and queries of its urls, but for what is known to be no secret, such as a version.
+
+    Of a command of the shell its ends are left.
+    """
 
     def plain(found: re.Match) -> str:
-        said = [(each, *each.partition("=")[::2]) for each in found[2].split("&")]
-        kept = [each for each, name, value in said if not _SECRET.search(name) and len(value) <= _LONGEST]
-        return f"{found[1]}?{'&'.join(kept)}" if any(kept) else found[1]
+        kept = [each for each in found[2].split("&") if _HARMLESS.fullmatch(each)]
+        return f"{found[1]}?{'&'.join(kept)}" if kept else found[1]
 
-    return _QUERY.sub(plain, _USER.sub("", text))
+    return shown(text) if text.startswith("pipe:") else _QUERY.sub(plain, _USER.sub("", text))
 
 
 def unsigned(path: str) -> str:

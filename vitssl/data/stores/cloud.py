@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from vitssl.data.stores.base import Stat, Unreachable, globbed, shown
-from vitssl.errors import ConfigError, DataError
+from vitssl.data.stores.base import Passing, Stat, Unreachable, globbed, shown
+from vitssl.errors import ConfigError, UserError
 
 SCHEMES = {"gs": "pip install 'vitssl[gs]'", "hf": "pip install huggingface_hub"}
 
@@ -35,12 +35,12 @@ class CloudStore:
             self._patiently(url, lambda: self._files().cat_file(url, start=offset, end=offset + length)) if length else b""
         )
         if len(content) != length:
-            raise DataError(f"{shown(url)}: ends before byte {offset + length:,}; it changed since it was indexed")
+            raise Passing(f"{shown(url)}: ends before byte {offset + length:,}; it changed since it was indexed")
         return content
 
-    def fetch(self, url: str, file: BinaryIO) -> None:
+    def fetch(self, url: str, file: BinaryIO, *, size: int | None = None) -> None:
         """The whole file, in pieces of 16 MiB."""
-        size, piece = self.stat(url).size, 16 << 20
+        size, piece = self.stat(url).size if size is None else size, 16 << 20
         for offset in range(0, size, piece):
             file.write(self.read(url, offset, min(piece, size - offset)))
 
@@ -66,16 +66,18 @@ class CloudStore:
                 time.sleep(self.wait * 2**failures)
             try:
                 return ask()
+            except UserError:
+                raise
             except FileNotFoundError:
-                raise DataError(f"{shown(url)}: is not there; correct the address or put the file there") from None
+                raise Passing(f"{shown(url)}: is not there; correct the address or put the file there") from None
             except PermissionError as error:
-                raise DataError(f"{shown(url)}: is forbidden ({_in_words(error)}); look at your credentials") from None
+                raise Passing(f"{shown(url)}: is forbidden ({_in_words(error)}); look at your credentials") from None
             except TypeError as error:
                 named = ", ".join(self.storage)  # their values may be secrets
                 raise ConfigError(f"data.storage ({named}): {self.scheme}:// takes none such ({_in_words(error)})") from None
             except Exception as error:  # each library has failures of its own
                 if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
-                    raise DataError(
+                    raise Passing(
                         f"{shown(url)}: no credentials were found; give some in the environment, or data.storage.anon=true"
                     ) from None
                 reason = _in_words(error)

@@ -30,22 +30,27 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._process, self._ends = -1, {}
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        self._lock, self._ends = threading.Lock(), None
 
     @contextmanager
     def within(self, held: socket.socket | None, seconds: float | None) -> Iterator[None]:
         if held is None or seconds is None:
             yield
             return
-        if self._process != os.getpid():
-            self._process, self._ends = os.getpid(), {}
-            threading.Thread(target=self._look, args=(self._ends,), daemon=True, name="watch").start()
-        key = object()
-        self._ends[key] = time.monotonic() + seconds, held
+        with self._lock:
+            if self._ends is None:
+                self._ends = {}
+                threading.Thread(target=self._look, args=(self._ends,), daemon=True, name="watch").start()
+            key, ends = object(), self._ends
+        ends[key] = time.monotonic() + seconds, held
         try:
             yield
         finally:
-            if self._ends.pop(key, None) is None:  # what was read looks like an answer that ended, or like nonsense
+            if ends.pop(key, None) is None:  # what was read looks like an answer that ended, or like nonsense
                 raise TimeoutError(f"no end in {seconds:g} s") from None
 
     def _look(self, ends: dict[object, tuple[float, socket.socket]]) -> None:
@@ -103,10 +108,13 @@ def refusal(here: str, target: str, trusted: frozenset[str]) -> str:
 
     To its own host, to ``trusted`` hosts, and to any public one over https.
     """
-    there = urlsplit(target)
+    try:
+        there, host = urlsplit(target), host_of(urlsplit(target))
+    except ValueError:
+        return "is no web address"
     if there.scheme not in ("http", "https") or not there.hostname:
         return "is no web address"
-    if host_of(there) == host_of(urlsplit(here)) or there.hostname in trusted:
+    if host == host_of(urlsplit(here)) or there.hostname in trusted:
         return ""
     if there.scheme != "https":
         return "is another host without https"

@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from vitssl.data.stores.base import NoRanges, Stat, Unreachable, shown
+from vitssl.data.stores.base import NoRanges, Passing, Stat, Unreachable, shown
 from vitssl.data.stores.connections import WATCH, host_of, pools, refusal
 from vitssl.errors import ConfigError, DataError
 
@@ -25,6 +25,7 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 5
 _PIECE = 1 << 20  # bytes of a body that are taken at once
+_FEW = 4096  # bytes that are no gain: of them an answer might bring one at a time
 _LONGEST = 60.0  # seconds between two tries, whatever the server asks for
 
 
@@ -50,7 +51,7 @@ class HttpStore:
                     return Stat(0, "", ranges=True)
                 tag = _tag(answer)
                 if answer.status == 206:
-                    answer.read()  # one byte: the connection is kept
+                    next(self._pieces(answer), b"")  # one byte: the connection is kept
                     return Stat(_span(url, answer)[2], tag, ranges=True)
                 size = answer.headers.get("Content-Length", "")
                 if not _is_number(size):
@@ -67,17 +68,15 @@ class HttpStore:
             first = offset + len(got)
             with self._answer(url, {"Range": f"bytes={first}-{offset + length - 1}"}) as answer:
                 if answer.status == 416:
-                    raise DataError(
-                        f"{shown(url)}: ends before byte {first:,}; it changed since it was indexed: index it again"
-                    )
+                    raise Passing(f"{shown(url)}: ends before byte {first:,}; it changed since it was indexed: index it again")
                 if answer.status != 206:
                     raise NoRanges(f"{shown(url)}: the server reads no ranges")
                 begin, _, total = _span(url, answer)
                 if size is not None and total != size:
-                    raise DataError(f"{shown(url)}: has {total:,} bytes and had {size:,} when it was indexed; index it again")
+                    raise Passing(f"{shown(url)}: has {total:,} bytes and had {size:,} when it was indexed; index it again")
                 tags.add(_tag(answer))
                 if len(tags) > 1:
-                    raise DataError(f"{shown(url)}: changed while it was read; index it again")
+                    raise Passing(f"{shown(url)}: changed while it was read; index it again")
                 if begin != first:
                     raise Unreachable(f"{shown(url)}: the server sent other bytes than those asked for")
                 for piece in self._pieces(answer):
@@ -87,33 +86,39 @@ class HttpStore:
             self._patiently(url, ask, gained=lambda: len(got), enough=lambda: len(got) >= length)
         return bytes(got)
 
-    def fetch(self, url: str, file: BinaryIO) -> None:
+    def fetch(self, url: str, file: BinaryIO, *, size: int | None = None) -> None:
         """The whole body, continued where it broke off if the server can, else from its beginning."""
-        start, size, tag = file.tell(), None, ""
+        start, stated, tag = file.tell(), size, ""
 
         def ask() -> None:
-            nonlocal size, tag
+            nonlocal stated, tag
             done = file.tell() - start
             unchanged = {"If-Range": tag} if tag and not tag.startswith("W/") else {}  # or all of it, from its beginning
             with self._answer(url, {"Range": f"bytes={done}-", **unchanged} if done else {}) as answer:
                 if done and answer.status == 416:  # an earlier answer promised more than there is
                     if answer.headers.get("Content-Range") != f"bytes */{done}":
-                        raise DataError(f"{shown(url)}: has {done:,} bytes and was said to have {size:,}; look at the server")
-                    size = done
+                        raise Passing(f"{shown(url)}: has {done:,} bytes and was said to have {stated:,}; look at the server")
+                    stated = done
                     return
                 if done and (answer.status != 206 or _span(url, answer)[0] != done):
                     file.seek(start)
                     file.truncate()
-                stated = answer.headers.get("Content-Length", "")
+                length = answer.headers.get("Content-Length", "")
                 if file.tell() == start:
-                    tag, size = _tag(answer), int(stated) if _is_number(stated) else size
+                    tag, stated = _tag(answer), int(length) if _is_number(length) else stated
                 for piece in self._pieces(answer):
                     file.write(piece)
+                    if size is not None and file.tell() - start > size:
+                        raise Passing(
+                            f"{shown(url)}: is longer than the {size:,} bytes it was said to have; look at the server"
+                        )
 
         def whole() -> bool:
-            return size is None or file.tell() - start >= size
+            return stated is None or file.tell() - start >= stated
 
         self._patiently(url, ask, gained=lambda: file.tell(), enough=whole)
+        if size is not None and file.tell() - start != size:
+            raise Passing(f"{shown(url)}: has {file.tell() - start:,} bytes and was said to have {size:,}; look at the server")
 
     def find(self, pattern: str) -> list[str]:
         """Web servers have no common way to list a folder."""
@@ -129,7 +134,8 @@ class HttpStore:
         gained: Callable[[], int] = lambda: 0,
         enough: Callable[[], bool] = lambda: True,
     ) -> object:
-        """``ask()`` until it went well and brought ``enough``; tries are counted anew whenever bytes were ``gained``."""
+        """``ask()`` until it went well and brought ``enough``; tries are counted anew whenever more than a few bytes were
+        ``gained``."""
         failures, before, reason = 0, gained(), ""
         while failures < self.tries:
             pause, won = self.wait * 2**failures, False
@@ -137,7 +143,7 @@ class HttpStore:
                 found = ask()
                 if enough():
                     return found
-                reason, won = "the answer ended early", gained() > before
+                reason, won = "the answer ended early", gained() > before + _FEW
             except _Busy as busy:
                 reason, pause = f"status {busy.status}", max(pause, busy.pause)
             except ValueError as error:  # an address or a header that is none
@@ -145,7 +151,7 @@ class HttpStore:
             except Unreachable as error:  # a trickle wins nothing
                 reason = str(error).partition(": ")[2] or str(error)
             except (HTTPError, OSError) as error:
-                reason, won = _in_words(error), gained() > before
+                reason, won = _in_words(error), gained() > before + _FEW
             failures, before = (1 if won else failures + 1), gained()
             if failures < self.tries:
                 time.sleep(min(pause, _LONGEST))
@@ -229,7 +235,7 @@ def _judge(url: str, answer: urllib3.BaseHTTPResponse) -> None:
         return
     words = {401: "wants credentials", 403: "is forbidden", 404: "is not there", 410: "is gone"}
     what = words.get(answer.status, "was refused")
-    raise DataError(f"{shown(url)}: {what} (status {answer.status}); correct the address or put the file there")
+    raise Passing(f"{shown(url)}: {what} (status {answer.status}); correct the address or put the file there")
 
 
 def _span(url: str, answer: urllib3.BaseHTTPResponse) -> tuple[int, int, int]:

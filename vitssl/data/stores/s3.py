@@ -9,7 +9,7 @@ import os
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from vitssl.data.stores.base import Stat, Unreachable, globbed, shown
+from vitssl.data.stores.base import Passing, Stat, Unreachable, globbed, shown
 from vitssl.errors import ConfigError, DataError
 
 
@@ -36,14 +36,14 @@ class S3Store:
         if not (total.isascii() and total.isdigit()):
             raise DataError(f"{shown(url)}: the server answers with a range of {total!r}; use another server or a local copy")
         if size is not None and int(total) != size:
-            raise DataError(f"{shown(url)}: has {int(total):,} bytes and had {size:,} when it was indexed; index it again")
+            raise Passing(f"{shown(url)}: has {int(total):,} bytes and had {size:,} when it was indexed; index it again")
         if len(found["Body"]) != length:
-            raise DataError(f"{shown(url)}: ends before byte {offset + length:,}; it changed since it was indexed")
+            raise Passing(f"{shown(url)}: ends before byte {offset + length:,}; it changed since it was indexed")
         return found["Body"]
 
-    def fetch(self, url: str, file: BinaryIO) -> None:
+    def fetch(self, url: str, file: BinaryIO, *, size: int | None = None) -> None:
         """The whole object, in pieces of 16 MiB."""
-        size, piece = self.stat(url).size, 16 << 20
+        size, piece = self.stat(url).size if size is None else size, 16 << 20
         for offset in range(0, size, piece):
             file.write(self.read(url, offset, min(piece, size - offset), size=size))
 
@@ -73,7 +73,7 @@ class S3Store:
             except failures.ClientError as error:
                 raise _refused(url, error) from None
             except (failures.NoCredentialsError, failures.PartialCredentialsError):
-                raise DataError(
+                raise Passing(
                     f"{shown(url)}: no credentials were found; give some in the environment, or data.storage.anon=true"
                 ) from None
             except (failures.ResponseStreamingError, failures.IncompleteReadError, failures.ReadTimeoutError) as error:
@@ -115,11 +115,11 @@ def _parted(url: str) -> tuple[str, str]:
     return parts.netloc, parts.path.lstrip("/") + (f"?{parts.query}" if parts.query else "")
 
 
-def _refused(url: str, error: Any) -> DataError:
+def _refused(url: str, error: Any) -> Passing:
     """What an answer that is an error means."""
     status, code = error.response["ResponseMetadata"].get("HTTPStatusCode", 0), error.response["Error"].get("Code", "")
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
         return Unreachable(f"{shown(url)}: cannot be reached ({code}, status {status}); look at the network and the server")
     words = {404: "is not there", 403: "is forbidden", 401: "wants credentials", 416: "ends before what was asked of it"}
     what = words.get(status, "was refused")
-    return DataError(f"{shown(url)}: {what} ({code}, status {status}); correct the address or look at your credentials")
+    return Passing(f"{shown(url)}: {what} ({code}, status {status}); correct the address or look at your credentials")
