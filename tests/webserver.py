@@ -59,6 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(302, b"", Location=fault.removeprefix("redirect "))
         if fault in ("dripping header", "dripping length"):
             return self._drip(fault)
+        if fault == "endless":
+            return self._flood(said)
         if fault == "stall":
             time.sleep(5)
             self.close_connection = True
@@ -76,6 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
             content, status = content[first : last + 1], 206
             if fault == "another place":
                 first += 1
+            if fault == "one byte":
+                content, last = content[:1], first
             headers["Content-Range"] = f"bytes {first}-{last}/{size}" if fault != "no total" else f"bytes {first}-{last}/*"
         return self._answer(status, content, fault, **headers)
 
@@ -108,6 +112,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         with self.server.lock:
             self.server.bytes += len(content)
+
+    def _flood(self, said: str) -> None:
+        """A body without end, whatever was asked for."""
+        self.close_connection = True
+        partial = b"206 Partial\r\nContent-Range: bytes 0-0/1000" if said else b"200 OK"
+        self.wfile.write(b"HTTP/1.1 " + partial + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(2000):
+            self.wfile.write(b"10000\r\n" + bytes(65536) + b"\r\n")
+            with self.server.lock:
+                self.server.bytes += 65536
 
     def _drip(self, fault: str) -> None:
         """Never silent for long, and never done: a header without an end, or the length of a first chunk."""

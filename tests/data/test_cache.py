@@ -3,13 +3,15 @@
 import multiprocessing
 import os
 import random
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
-from vitssl.data.cache import DiskCache
+from vitssl.data.cache import DiskCache, locked
 
 
 def content(number: int, size: int = 10_000) -> bytes:
@@ -117,6 +119,27 @@ def many(arguments: tuple[str, int]) -> list[str]:
         if found != content(number % 5):
             wrong.append(name)
     return wrong
+
+
+def test_a_lock_is_not_inherited(tmp_path: Path) -> None:
+    """A child that is forked while a thread holds it would wait for itself."""
+    holds, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path / "lock"):
+            holds.set()
+            go_on.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait(10)
+    if (child := os.fork()) == 0:
+        signal.alarm(10)
+        with locked(tmp_path / "lock"):
+            os._exit(0)
+    go_on.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_many_processes_at_once(tmp_path: Path) -> None:

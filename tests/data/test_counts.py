@@ -86,6 +86,20 @@ def test_a_shard_twice_is_refused(shards: Path, server: WebServer, names: list[s
             open_source([str(shards / name) for name in names])
 
 
+def test_a_wids_index_that_lists_a_shard_twice_is_refused(shards: Path, server: WebServer) -> None:
+    listed = [{"url": "train-000.tar", "nsamples": 40}, {"url": "train-000.tar?sig=1", "nsamples": 40}]
+    (shards / "index.json").write_text(json.dumps({"shardlist": listed}))
+    with pytest.raises(DataError, match=r"index\.json: lists http.*/train-000\.tar 2 times; list it once"):
+        open_source(f"{server.url}/index.json?token=1")
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x.tar", "https://h:99999999/x.tar", "http://[bad]/x.tar", "https:///x.tar"])
+def test_addresses_that_are_none(shards: Path, server: WebServer, url: str) -> None:
+    (shards / "index.json").write_text(json.dumps({"shardlist": [{"url": url, "nsamples": 40}]}))
+    with pytest.raises(DataError, match=r"index\.json: names .*, which is no web address; name the shards themselves"):
+        open_source(f"{server.url}/index.json")
+
+
 def test_a_damaged_counted_shard_is_fetched_once(shards: Path, server: WebServer) -> None:
     """Not once for each of its chunks."""
     content = (shards / "train-000.tar").read_bytes()

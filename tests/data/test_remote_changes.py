@@ -11,7 +11,7 @@ from webserver import WebServer, serving, url
 
 from vitssl.data.index import SUFFIX
 from vitssl.data.loader import evaluation_batches
-from vitssl.data.manifest import NAME, index_shards
+from vitssl.data.manifest import NAME, index_shards, row_type
 from vitssl.data.order import Order
 from vitssl.data.samples import Samples
 from vitssl.data.sources import open_source
@@ -58,6 +58,43 @@ def test_a_cache_smaller_than_its_shards(shards: Path, tmp_path: Path, limit: in
     with serving(shards, ranges=False) as server:
         source = open_source(url(server), access=Access(cache=tmp_path / "cache", cache_bytes=limit))
         assert all(raw.image for raw in source.read(range(100))), "fetched again and again, but there"
+
+
+def test_a_copy_of_another_shard_is_not_read(shards: Path, write_tar: Callable, encoded: Callable) -> None:
+    """Of a server without ranges, whose file is another one by the time it is copied."""
+    source = None
+    with serving(shards) as server:
+        source = open_source(f"{server.url}/train-000.tar")
+        write_tar(shards / "train-000.tar", {f"{key:04d}.png": encoded(key + 7) for key in range(60)})
+        server.ranges = False
+        raws = source.read(range(40))
+    assert not any(raw.image for raw in raws) and all(
+        raw.passing and "changed since it was indexed" in raw.problem for raw in raws
+    )
+
+
+def test_manifests_that_lie(server: WebServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_source(shards)
+    line, _, content = (shards / NAME).read_bytes().partition(b"\n")
+    names = json.loads(line)["name_bytes"]
+
+    def lie(number: int, column: str, value: object) -> None:
+        rows = np.frombuffer(content, row_type(names)).copy()
+        rows[column][number] = value
+        (shards / NAME).write_bytes(line + b"\n" + rows.tobytes())
+        monkeypatch.setenv("VITSSL_CACHE", str(tmp_path / f"{column}-{value!r}"[:40].replace("/", "_")))
+
+    lie(0, "samples", 45)
+    for path in (url(server), str(shards)):
+        raws = open_source(path).read(range(105))
+        assert all("holds 40 samples, 45 were counted; run  vitssl index  again" in raw.problem for raw in raws[:45])
+        assert all(raw.image for raw in raws[45:])
+    lie(1, "identity", b"\xff\xfe")
+    raws = open_source(url(server)).read(range(100))
+    assert all("changed since it was indexed" in raw.problem for raw in raws[40:63]) and all(raw.image for raw in raws[:40])
+    for value in (2**62, -5):
+        lie(2, "samples", value)
+        assert open_source(url(server)).num_samples == 100, "what cannot be is not believed"
 
 
 def test_hostile_words_about_shards(server: WebServer, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

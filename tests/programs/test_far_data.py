@@ -1,5 +1,6 @@
 """Training on shards that lie on a web server: the same run as from a disk, also when the server fails for a while."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from outcome import refused
 from webserver import serving
+
+from vitssl.data import ledger
 
 QUICK = "from vitssl.data.stores import http; http.HttpStore.__init__.__kwdefaults__.update(tries=2, wait=0.01)"
 SETTINGS = [
@@ -22,17 +25,19 @@ def far(url: str) -> list[str]:
     return [f"data.path={url}/train-{{0..2}}.tar", "data.split=null"]
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 2), (2, 1)])
-def test_a_server_that_fails_for_a_while(pretrain: Callable, data: Path, tmp_path: Path, processes: int, workers: int) -> None:
+@pytest.mark.parametrize(("processes", "workers", "status"), [(1, 0, 403), (1, 2, 503), (2, 1, 404)])
+def test_a_server_that_fails_for_a_while(
+    pretrain: Callable, data: Path, tmp_path: Path, processes: int, workers: int, status: int
+) -> None:
     """One shard is not to be had from step 9 on. Killed after step 15, the run goes on with a server that is well: what was
     decided is followed, and the end is that of a run that was never stopped."""
     options = {"processes": processes, "trap": QUICK}
     with serving(data) as server:
         pretrain(tmp_path / "well", *far(server.url), *SETTINGS, f"data.workers={workers}", **options).ok()
-        server.faults = {"train-1.tar": ["always 503"]}
+        server.faults = {"train-1.tar": [f"always {status}"]}
         ill = pretrain(tmp_path / "ill", *far(server.url), *SETTINGS, f"data.workers={workers}", **options).ok()
         rows = ill.rows("quarantine.jsonl")
-        assert len(rows) >= 40 and all(row["passing"] and "status 503" in row["reason"] for row in rows)
+        assert len(rows) >= 40 and all(row["passing"] and f"status {status}" in row["reason"] for row in rows)
         server.faults = {}
         for step in (10, 15, 20):
             for path in (ill.folder / f"checkpoints/step_{step:08}").iterdir():
@@ -46,6 +51,22 @@ def test_a_server_that_fails_for_a_while(pretrain: Callable, data: Path, tmp_pat
             tmp_path / "other", *far(server.url), *SETTINGS, f"data.quarantine={ill.folder}/quarantine.jsonl", trap=QUICK
         )
         assert other.ok().losses() == pytest.approx(losses, rel=1e-5)
+
+
+def test_machines_that_know_different_things(pretrain: Callable, data: Path, tmp_path: Path) -> None:
+    """Of shards that are only counted chunks are cut by a guess: all processes follow the first one's."""
+    guess = "import os; from vitssl.data.sources import shards; shards.default_chunk = lambda *_: 3 + int(os.environ['RANK'])"
+    with serving(data) as server:
+        run = pretrain(tmp_path / "run", *far(server.url), "data.ledger=true", processes=2, trap=f"{QUICK}; {guess}").ok()
+    keys = [key for position, key in ledger.read(run.folder / "ledger") if position < 60]
+    assert len(keys) == len(set(keys)) == 60
+    assert json.loads((run.folder / "plan.json").read_text())["layouts"] == [[1, 1024, 3]]
+
+
+def test_secrets_in_a_config(pretrain: Callable, tmp_path: Path) -> None:
+    run = pretrain(tmp_path / "run", "data.path=s3://bucket/a.tar", "data.storage={aws_secret_access_key: hush}")
+    refused(run, "data.storage.aws_secret_access_key", "no place for secrets")
+    assert "hush" not in run.err
 
 
 def test_signed_urls(pretrain: Callable, data: Path, tmp_path: Path) -> None:

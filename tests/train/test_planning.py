@@ -9,6 +9,7 @@ from torch import nn
 
 from vitssl import dist
 from vitssl.config import build
+from vitssl.data.order import Layout
 from vitssl.errors import ConfigError
 from vitssl.models.adapters.timm_vit import fuse_attention
 from vitssl.models.heads import ClassificationHead
@@ -134,6 +135,7 @@ def test_every_number_of_a_plan(small_mae: Callable):
     assert (plan.lr, plan.lr_rule, plan.warmup_steps) == (1.25e-4, "0.001 x 32 / 256", 31)
     assert (plan.engine, plan.precision, plan.device, plan.workers) == ("zero1", "fp32", "cpu", 2)
     assert [layout[0] for layout in plan.layouts] == [3]
+    assert make_plan(settings, task, images(1000), layouts=[Layout(5, 7, 2)]).layouts == [[5, 7, 2]], "as the run was begun"
     assert plan.parameters["frozen"] == frozen and plan.parameters["decay"] + plan.parameters["no_decay"] == trained
     assert plan.memory["optimiser"] == 8 * trained and plan.memory["gradients"] == 4 * trained
     each = activation_memory(task.stacks(), width=4, fused=True, checkpointing=False)

@@ -36,11 +36,12 @@ def read_wids(path: str, access: Access) -> dict[str, int]:
         if reason := _refusal(path, url, access):
             raise DataError(f"{shown(path)}: names {shown(url)[:80]}, which {reason}; name the shards themselves")
     folder = parted(path)[0]
-    names = [unsigned(url) for url, _ in listed]
+    found = [(url if is_url(url) or os.path.isabs(url) or not folder else f"{folder}/{url}", count) for url, count in listed]
+    names = [unsigned(url) for url, _ in found]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{shown(path)}: lists {shown(twice)} {names.count(twice)} times; list it once")
-    return {url if is_url(url) or os.path.isabs(url) or not folder else f"{folder}/{url}": count for url, count in listed}
+    return dict(found)
 
 
 def counts_beside(folder: str, access: Access) -> dict[str, int]:

@@ -64,6 +64,15 @@ def test_patience(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
         store.read(f"{memory}/train-000.tar", 10, 20)
 
 
+def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*given: object, **named: object) -> None:
+        raise ImportError("no gcsfs")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ConfigError, match=r"gs:// needs a library that is not installed: pip install 'vitssl\[gs\]'"):
+        open_source("gs://bucket/a.tar")
+
+
 def test_google(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which the emulator does not speak
     pytest.importorskip("gcsfs", reason="needs pip install 'vitssl[gs]'")

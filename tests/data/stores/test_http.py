@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from webserver import WebServer, serving
 
-from vitssl.data.stores.base import NoRanges, Unreachable, is_url, shown, unsigned, without_secrets
+from vitssl.data.stores.base import NoRanges, Passing, Unreachable, is_url, shown, unsigned, without_secrets
 from vitssl.data.stores.connections import pools
 from vitssl.data.stores.http import HttpStore
 from vitssl.errors import ConfigError, DataError
@@ -102,6 +102,7 @@ LASTING = {  # faults of every request, and what is said
     "another place": "other bytes than those asked for",
     "dripping header": "timed out",
     "dripping length": "no end in 0.4 s, 3 tries",
+    "one byte": "the answer ended early, 3 tries",
 }
 
 
@@ -222,6 +223,19 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
         file.write_bytes(CONTENT)
         server.faults = {"a.tar": ["cut"]}
         assert fetched(store, url) == other
+
+
+def test_bodies_without_end(server: WebServer, folder: Path, tmp_path: Path) -> None:
+    """Of a question for one byte, and of a file whose size is known, no more is taken than was to be expected."""
+    store, url = HttpStore(**QUICK), f"{server.url}/a.tar"
+    server.faults = {"a.tar": ["always endless"]}
+    assert store.stat(url).size == 1000
+    with pytest.raises(Passing, match=r"is longer than the 1,000 bytes it was said to have"):
+        store.fetch(url, io.BytesIO(), size=1000)
+    assert server.bytes < 20 << 20
+    server.faults = {}
+    with pytest.raises(Passing, match=r"has 300,000 bytes and was said to have 400,000"):
+        store.fetch(url, io.BytesIO(), size=400_000)
 
 
 def test_an_address_that_becomes_a_private_one(server: WebServer) -> None:
