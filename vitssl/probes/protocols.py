@@ -1,0 +1,197 @@
+"""The published ways to judge frozen features, by name: features of two splits in, rows of numbers out.
+
+Where a protocol has a setting to choose (a learning rate, a penalty), it is chosen on a tenth of the training samples that is
+held out for that, and the head is then trained again on all of them; the test split is looked at once. Surprising: the papers
+that publish a grid often report the best of it on the test split itself, so theirs may be a little higher.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitssl import draws
+from vitssl.probes.attentive import attentive_accuracy, train_attentive
+from vitssl.probes.fewshot import fewshot_accuracy
+from vitssl.probes.heads import Recipe, best_head, train_heads
+from vitssl.probes.knn import knn_accuracy
+from vitssl.probes.logistic import GRID, logistic_accuracies
+from vitssl.probes.spectrum import alpha_req, rankme
+from vitssl.views import purpose
+
+_HELD_OUT = purpose("held out of a probe")
+_DINOV2_RATES = (*(digit * 10.0**power for power in range(-5, -1) for digit in (1, 2, 5)), 0.1)  # x batch / 256
+_ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features by kind (``class``, ``mean``, ``class_4``: [N, D]; ``patches``: [N, P, D]) with ``labels`` [N]."""
+
+    features: Mapping[str, Tensor]
+    labels: Tensor
+
+    def take(self, rows: Tensor) -> "Split":
+        """Some of the samples."""
+        return Split({kind: values[rows] for kind, values in self.features.items()}, self.labels[rows])
+
+
+class Judged(NamedTuple):
+    """One number: ``value`` is an accuracy in [0, 1], or what ``setting`` says."""
+
+    protocol: str
+    setting: str
+    value: float
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear protocol: per-256 learning rates, which features (of a width), and the rest of the recipe."""
+
+    recipe: Recipe
+    kinds: Callable[[int], tuple[str, ...]]
+    source: str
+
+
+def _own(width: int) -> tuple[str, ...]:
+    return ("pooled",)
+
+
+LINEAR: dict[str, Linear] = {
+    "linear_mae": Linear(
+        Recipe(rates=(0.1,), epochs=90, batch_size=16384, warmup=10, lars=0.001, batch_norm=True),
+        _own,
+        "MAE main_linprobe.py, without its random crops",
+    ),
+    "linear_moco_v3": Linear(Recipe(rates=(3.0,), epochs=90, batch_size=1024), _own, "MoCo v3 main_lincls.py, without crops"),
+    "linear_dino": Linear(
+        Recipe(rates=(1e-3,), epochs=100, batch_size=1024),
+        lambda width: ("class_4",) if width <= 384 else ("class+mean",),
+        "DINO eval_linear.py, without its random crops",
+    ),
+    "linear_dinov2": Linear(
+        Recipe(rates=_DINOV2_RATES, epochs=10, batch_size=1024),
+        lambda width: ("class", "class+mean", "class_4", "class_4+mean"),
+        "DINOv2 eval/linear.py: its grid, without its random crops",
+    ),
+}
+
+
+def needed(protocols: Sequence[str]) -> tuple[str, ...]:
+    """The kinds of features that these protocols ask for, beside the pooled ones of all."""
+    kinds = {
+        "linear_dino": ("class", "mean", "class_4"),
+        "linear_dinov2": ("class", "mean", "class_4"),
+        "attentive": ("patches",),
+    }
+    return tuple(dict.fromkeys(kind for name in protocols for kind in kinds.get(name, ())))
+
+
+def judge(protocol: str, train: Split, test: Split, *, seeds: int = 3) -> list[Judged]:
+    """The rows of one protocol (a name of :data:`PROTOCOLS`); ``pooled`` is the kind that the encoder's export names."""
+    return PROTOCOLS[protocol](protocol, train, test, seeds)
+
+
+def wilson(accuracy: float, num: int, *, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of an accuracy over ``num`` samples (Wilson 1927)."""
+    centre, spread = accuracy + z * z / (2 * num), z * math.sqrt(accuracy * (1 - accuracy) / num + z * z / (4 * num * num))
+    return (centre - spread) / (1 + z * z / num), (centre + spread) / (1 + z * z / num)
+
+
+def _knn(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
+    features = train.features["pooled"], train.labels, test.features["pooled"], test.labels
+    return [Judged(name, f"k={k}", knn_accuracy(*features, k=k)) for k in (10, 20, 100, 200) if k <= len(train.labels)]
+
+
+def _fewshot(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
+    features = train.features["pooled"], train.labels, test.features["pooled"], test.labels
+    most = int(torch.bincount(train.labels).max())
+    cases = [(shots, seed) for shots in (1, 5, 10, 25) if shots <= most for seed in range(seeds)]
+    return [Judged(name, f"{shots} shots", fewshot_accuracy(*features, shots=shots, seed=seed), seed) for shots, seed in cases]
+
+
+def _logistic(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
+    fit, held = _held_out(train)
+    of = "pooled"
+    found = logistic_accuracies(fit.features[of], fit.labels, held.features[of], held.labels, grid=GRID[::4], steps=200)
+    best = GRID[::4][max(range(len(found)), key=found.__getitem__)]
+    (value,) = logistic_accuracies(train.features[of], train.labels, test.features[of], test.labels, grid=(best,))
+    return [Judged(name, f"C={best:.3g}", value)]
+
+
+def _linear(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
+    protocol, width = LINEAR[name], train.features["pooled"].shape[1]
+    batch_size, published = _batch_size(protocol.recipe.batch_size, len(train.labels)), protocol.recipe.batch_size
+    scale = (
+        published if protocol.recipe.lars else batch_size
+    ) / 256  # LARS moves by shares of the weights, at any batch
+    rates = tuple(rate * scale for rate in protocol.recipe.rates)
+    recipe = replace(protocol.recipe, rates=rates, batch_size=batch_size)
+    kinds = [kind for kind in protocol.kinds(width) if all(part in train.features for part in kind.split("+"))] or ["pooled"]
+    chosen = kinds[0], recipe.rates[0]
+    if len(kinds) > 1 or len(recipe.rates) > 1:
+        fit, held, found = *_held_out(train), []
+        for kind in kinds:
+            heads = train_heads(_kind(fit, kind), fit.labels, recipe, num_classes=_classes(train, test))
+            number, accuracy = best_head(heads, _kind(held, kind), held.labels)
+            found.append((accuracy, kind, recipe.rates[number]))
+        _, *chosen = max(found, key=lambda row: row[0])
+    kind, rate = chosen
+    rows, alone = [], replace(recipe, rates=(rate,))
+    for seed in range(seeds):
+        heads = train_heads(_kind(train, kind), train.labels, alone, num_classes=_classes(train, test), seed=seed)
+        (value,) = heads.accuracies(_kind(test, kind), test.labels)
+        rows.append(Judged(name, f"{kind}, lr {rate:.3g}", value, seed))
+    return rows
+
+
+def _attentive(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
+    (fit, held), classes = _held_out(train), _classes(train, test)
+
+    def accuracy(on: Split, by: Split, rate: float, seed: int) -> float:
+        options = {"num_classes": classes, "lr": rate, "seed": seed, "batch_size": _batch_size(256, len(by.labels))}
+        head = train_attentive(by.features["patches"], by.labels, **options)
+        return attentive_accuracy(head, on.features["patches"], on.labels)
+
+    rate = max(_ATTENTIVE_RATES, key=lambda rate: accuracy(held, fit, rate, 0))
+    return [Judged(name, f"lr {rate:.3g}", accuracy(test, train, rate, seed), seed) for seed in range(seeds)]
+
+
+def _spectrum(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
+    features = test.features["pooled"]
+    return [Judged("rankme", f"of {features.shape[1]}", rankme(features)), Judged("alpha_req", "exponent", alpha_req(features))]
+
+
+PROTOCOLS: dict[str, Callable[[str, Split, Split, int], list[Judged]]] = {
+    "knn": _knn,
+    "fewshot": _fewshot,
+    "logistic": _logistic,
+    **dict.fromkeys(LINEAR, _linear),
+    "attentive": _attentive,
+    "spectrum": _spectrum,
+}
+"""By name: (name, training split, test split, seeds) -> rows."""
+
+
+def _batch_size(published: int, num: int) -> int:
+    """The published one, smaller where an epoch would have fewer than twenty batches: so few steps train nothing."""
+    return min(published, max(16, num // 20))
+
+
+def _held_out(train: Split) -> tuple[Split, Split]:
+    """(nine tenths, a tenth) of the training samples, the same every time."""
+    order = draws.permutation(0, _HELD_OUT, len(train.labels)).to(train.labels.device)
+    num = max(1, len(order) // 10)
+    return train.take(order[num:]), train.take(order[:num])
+
+
+def _kind(split: Split, kind: str) -> Tensor:
+    return torch.cat([split.features[part] for part in kind.split("+")], dim=1)
+
+
+def _classes(train: Split, test: Split) -> int:
+    return int(torch.maximum(train.labels.max(), test.labels.max())) + 1
