@@ -126,9 +126,7 @@ def _logistic(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
 def _linear(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
     protocol, width = LINEAR[name], train.features["pooled"].shape[1]
     batch_size, published = _batch_size(protocol.recipe.batch_size, len(train.labels)), protocol.recipe.batch_size
-    scale = (
-        published if protocol.recipe.lars else batch_size
-    ) / 256  # LARS moves by shares of the weights, at any batch
+    scale = (published if protocol.recipe.lars else batch_size) / 256  # LARS moves by shares of the weights, at any batch
     rates = tuple(rate * scale for rate in protocol.recipe.rates)
     recipe = replace(protocol.recipe, rates=rates, batch_size=batch_size)
     kinds = [kind for kind in protocol.kinds(width) if all(part in train.features for part in kind.split("+"))] or ["pooled"]
