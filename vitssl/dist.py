@@ -17,6 +17,12 @@ def world() -> int:
     return td.get_world_size() if _started() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def begin() -> None:
+    """Join the processes that a launcher started, where no engine does it."""
+    if "RANK" in os.environ and world() > 1 and not _started():
+        td.init_process_group("gloo")
+
+
 def sum_over_processes(values: Tensor) -> Tensor:
     """The sum of a tensor over all processes, on each of them; not differentiable."""
     if _started() and world() > 1:

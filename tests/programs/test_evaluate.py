@@ -1,0 +1,139 @@
+"""``python -m finetune.evaluate``: frozen encoders, features kept in files, protocols over them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.evaluate import PROTOCOLS, EvaluateConfig, main
+from vitssl.config import build
+from vitssl.data.feed import evaluation_samples
+from vitssl.data.sources import Subset, open_source
+from vitssl.errors import CheckpointError, ConfigError, DataError
+from vitssl.probes import protocols
+from vitssl.probes.knn import knn_accuracy
+from vitssl.sections import DataConfig
+from vitssl.train import frozen
+from vitssl.train.export import load_encoder
+from vitssl.train.frozen import KINDS, Extraction, frozen_features
+from vitssl.views import View
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def argv(exported, data: Path, tmp_path: Path) -> list[str]:
+    sets = [f"data.path={data}", "data.split=train", f"test.path={data}", "test.split=test"]
+    return [*sets, f"encoder={exported.folder}", f"features={tmp_path}/features", f"out={tmp_path}/rows.json", "device=cpu"]
+
+
+def rows(tmp_path: Path) -> list[dict]:
+    return json.loads((tmp_path / "rows.json").read_text())
+
+
+def test_the_list_of_protocols_is_the_librarys() -> None:
+    assert set(PROTOCOLS) == set(protocols.PROTOCOLS)
+    assert build(EvaluateConfig, {"protocol": "all"}, where="here").protocol == [*PROTOCOLS]
+    with pytest.raises(ConfigError, match=r"protocol='knnn': knnn is no protocol; take some of knn, "):
+        build(EvaluateConfig, {"protocol": "knnn"}, where="here")
+
+
+def test_every_protocol_from_one_extraction(argv: list[str], exported, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    encoders = f"encoder=[{exported.folder},random:{exported.folder}]"
+    assert main([*(word for word in argv if "encoder=" not in word), "protocol=all", encoders, "seeds=2"]) == 0
+    found, out = rows(tmp_path), capsys.readouterr().out
+    assert {row["encoder"] for row in found} == {str(exported.folder), f"random:{exported.folder}"}
+    assert {row["protocol"] for row in found} == {*PROTOCOLS, "rankme", "alpha_req"} - {"spectrum"}
+    assert all(row["interval"][0] <= row["value"] <= row["interval"][1] for row in found if row["interval"])
+    assert out.count("to look at") == 4 and "knn k=10" in out and "fewshot 1 shots" in out
+    assert main([*argv, "protocol=knn"]) == 0
+    assert "to look at" not in capsys.readouterr().out, "they are there"
+
+
+def test_features_are_the_encoders(exported, data: Path, tmp_path: Path) -> None:
+    """Of each kind, against a forward of one image at a time; then kNN against the rows."""
+    encoder, facts = load_encoder(exported.folder)
+    source, view = open_source(data, split="train"), View(size=encoder.spec.image_size, resize=20)
+    how = Extraction(view, facts["mean"], facts["std"], batch_size=7)
+    kinds = [kind for kind in KINDS if encoder.spec.class_token or not kind.startswith("class")]
+    found, used = frozen_features(encoder, source, DataConfig(), how, kinds, folder=tmp_path, tell=lambda text: None)
+    assert used.tolist() == list(range(60))
+    samples = evaluation_samples(source, DataConfig(), [view], channels=3)
+    for number in (0, 17, 59):
+        images = samples[number].views[view].double() / 255
+        images = (images - torch.tensor(facts["mean"])[:, None, None]) / torch.tensor(facts["std"])[:, None, None]
+        with torch.no_grad():
+            tokens = encoder(images.float(), last_blocks=min(4, encoder.spec.depth))
+            for kind in kinds:
+                expected = KINDS[kind](encoder, tokens)[0].numpy()
+                np.testing.assert_allclose(found[kind][number], expected, atol=2e-3 if kind == "patches" else 1e-5)
+    labels, features = torch.from_numpy(source.label_array()), torch.from_numpy(np.array(found["mean"]))
+    assert knn_accuracy(features, labels, features, labels, k=1) == 1.0
+
+
+def test_a_stopped_extraction_goes_on(exported, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, facts = load_encoder(exported.folder)
+    source, view = open_source(data, split="train"), View(size=encoder.spec.image_size, resize=20)
+    how, told, seen = Extraction(view, facts["mean"], facts["std"], batch_size=8), [], []
+    monkeypatch.setattr(frozen, "_FLUSH", 1)
+    forward = type(encoder).forward
+
+    def die(self, images, **options):
+        seen.append(len(images))
+        if sum(seen) > 30:
+            raise KeyboardInterrupt
+        return forward(self, images, **options)
+
+    options = {"folder": tmp_path, "tell": told.append}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(encoder), "forward", die)
+        frozen_features(encoder, source, DataConfig(), how, ["mean"], **options)
+    found, _ = frozen_features(encoder, source, DataConfig(), how, ["mean"], **options)
+    assert "36 to look at, 24 in" in told[-1]
+    whole, _ = frozen_features(encoder, source, DataConfig(), how, ["mean"], **options | {"folder": tmp_path / "other"})
+    np.testing.assert_allclose(found["mean"], whole["mean"], atol=1e-6)
+    other, _ = frozen_features(encoder, Subset(source, range(10)), DataConfig(), how, ["mean"], **options)
+    assert len(other["mean"]) == 10 and len({path.name for path in tmp_path.iterdir() if path.is_dir()}) == 3
+
+
+def test_images_that_cannot_be_used_are_left_out(exported, tmp_path: Path, picture: Callable) -> None:
+    (tmp_path / "photos/a").mkdir(parents=True)
+    encoder, facts = load_encoder(exported.folder)
+    for number in range(6):
+        (tmp_path / f"photos/a/{number}.jpg").write_bytes(picture(number) if number != 3 else b"no picture")
+    how, told = Extraction(View(size=encoder.spec.image_size), facts["mean"], facts["std"]), []
+    options = {"folder": tmp_path / "features", "tell": told.append}
+    for _ in range(2):
+        _, used = frozen_features(encoder, open_source(tmp_path / "photos"), DataConfig(), how, ["mean"], **options)
+        assert used.tolist() == [0, 1, 2, 4, 5]
+    assert len(told) == 2 and told[1].startswith("1 images of") and "left out; the first:" in told[1]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/0.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of 1 images can be used"):
+        frozen_features(encoder, open_source(tmp_path / "bad"), DataConfig(), how, ["mean"], **options)
+
+
+def test_two_processes_extract_the_same(argv: list[str], tmp_path: Path) -> None:
+    assert main([*argv, "protocol=[knn,fewshot]"]) == 0
+    alone = rows(tmp_path)
+    shutil.rmtree(tmp_path / "features")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "finetune.evaluate"]
+    told = {"env": env, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 100}
+    ran = subprocess.run([*launch, *argv, "protocol=[knn,fewshot]"], **told)
+    assert ran.returncode == 0, ran.stderr
+    assert rows(tmp_path) == alone and ran.stdout.count("knn k=10") == 1
+
+
+def test_refusals(argv: list[str], tmp_path: Path, data: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere.* does not exist"):
+        main([word for word in argv if not word.startswith("encoder=")] + [f"encoder={tmp_path}/nowhere"])
+    with pytest.raises(DataError, match=r"test: .*nothing is there"):
+        main([word for word in argv if not word.startswith("test.")] + [f"test.path={data}/none-*.tar"])
