@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, as a signed 64-bit integer
-_CACHED = 1 << 15  # numbers hashed at a time: with what lies between they stay in a core's cache
+_CACHED = 1 << 16  # numbers hashed at a time: with what lies between they stay in a core's cache
 _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)
 
