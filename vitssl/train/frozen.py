@@ -1,8 +1,8 @@
 """Features of a frozen encoder, kept in files that every protocol reads: extracted once, continued where it was stopped.
 
 A set's features lie in a folder named by the weights, the data and the view, one ``.npy`` a kind, memory-mapped, a row an
-image in the order of the data. ``KIND.done.npy`` says of each image whether its row is written (1), cannot be (2), or is to come
-(0), so another number of processes can go on. All processes map the same files.
+image in the order of the data. ``KIND.done.npy`` says of each image whether its row is written (1), cannot be (2), or is to
+come (0), so another number of processes can go on. All processes map the same files.
 """
 
 import hashlib
