@@ -3,10 +3,16 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vitssl.report import Report, program
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitssl.interop.mae import Painter
 
 
 def entry() -> int:
@@ -43,8 +49,28 @@ def main(argv: Sequence[str]) -> int:
     check.add_argument("--html", type=Path, help="write a page with a contact sheet as well")
     check.add_argument("--processes", type=int, help="processes that look side by side (default: one per CPU)")
     check.set_defaults(tool=_check)
+    _add_ways(tools)
     arguments = parser.parse_args(argv)
     return arguments.tool(arguments)
+
+
+def _add_ways(tools: argparse._SubParsersAction) -> None:
+    """The two tools that carry weights in and out."""
+    taken = tools.add_parser("import", help="make an encoder of a foreign checkpoint", description=_import.__doc__)
+    taken.add_argument("source", help="a checkpoint's file, timm:TAG, timm:FOLDER, or hf:FOLDER as transformers saves it")
+    taken.add_argument("folder", type=Path, help="where encoder.safetensors and encoder.json go")
+    taken.add_argument(
+        "--format", help="of a file: mae, moco_v3, dino, ibot, dinov2, ijepa, deit or timm (default: recognised)"
+    )
+    taken.add_argument("--heads", type=int, help="attention heads, where a file's width does not say them")
+    taken.set_defaults(tool=_import)
+    given = tools.add_parser("export", help="write an encoder or a classifier for others", description=_export.__doc__)
+    given.add_argument("run", type=Path, help="a run's folder or an export's; a fine-tuned run gives its last classifier")
+    given.add_argument("folder", type=Path, help="a new folder, as the Hugging Face hub has them")
+    given.add_argument("--to", required=True, choices=("timm", "transformers", "onnx"), help="who is to read it")
+    given.add_argument("--images", help="compare outputs on eight of these images too: what data.path takes")
+    given.add_argument("--decoder", action="store_true", help="an MAE with its decoder, from a run, --to transformers")
+    given.set_defaults(tool=_export)
 
 
 def _index(arguments: argparse.Namespace) -> int:
@@ -124,3 +150,81 @@ def _check(arguments: argparse.Namespace) -> int:
         rows.append(("page", str(arguments.html)))
     report.pairs(source.name, rows)
     return 1 if found.damaged else 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    """Read a checkpoint of another code and write it as an export, which python -m finetune and timm read."""
+    from vitssl.interop.source import import_weights
+    from vitssl.train.export import encoder_facts, write_export
+
+    found = import_weights(arguments.source, format=arguments.format, heads=arguments.heads)
+    facts = encoder_facts(found.encoder, found.section, **found.facts)
+    weights = write_export(arguments.folder, "encoder", found.encoder.state(), facts)
+    size, patch = ("x".join(map(str, each)) for each in (found.encoder.spec.image_size, found.encoder.spec.patch))
+    rows = [(title, f"{count:,} tensors") for title, count in found.coverage]
+    rows += [("left over", "0 tensors"), ("network", f"{found.section.name}, images of {size}, patches of {patch}")]
+    rows += [("parity", f"outputs differ by {facts['parity']:.1e} of their size")] if "parity" in facts else []
+    rows += [("epsilon", facts["norm_epsilon"])] if "norm_epsilon" in facts else []
+    rows += [("written", str(weights)), ("next", f"python -m finetune encoder={arguments.folder}")]
+    Report().pairs(f"{arguments.source}, as {facts['format']} writes them", rows)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Write an encoder or a classifier for timm, transformers or onnx, after its outputs were seen to be the same."""
+    from importlib import import_module
+
+    from vitssl.train.export import last_part, read_export
+
+    path, part = last_part(arguments.run)
+    state, facts = read_export(path, part)
+    writer = getattr(import_module(f"vitssl.interop.{arguments.to}"), f"export_{arguments.to}")
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "config.yaml").is_file()), None)
+    further: dict[str, Any] = {"images": _pictures(arguments.images, facts)} if arguments.images else {}
+    further |= {"painter": _painter(arguments.run, arguments.to, facts)} if arguments.decoder else {}
+    differs = writer(arguments.folder, state, facts, run=run, **further)
+    rows = [(part, f"{path}, {len(state):,} tensors"), ("parity", f"outputs differ by {differs:.1e} of their size")]
+    rows.append(("written", ", ".join(sorted(file.name for file in arguments.folder.iterdir()))))
+    Report().pairs(f"{arguments.folder}, for {arguments.to}", rows)
+    return 0
+
+
+def _pictures(path: str, facts: Mapping[str, Any]) -> "Tensor":
+    """Eight images of a source [8, C, H, W] as a network of ``facts`` takes them, normalised. Raises DataError."""
+    from vitssl.data.augment import Normalize
+    from vitssl.data.feed import evaluation_samples, share
+    from vitssl.data.sources import open_source
+    from vitssl.sections import DataConfig
+    from vitssl.views import View
+
+    report, num = Report(), len(facts["mean"])
+    config, view = DataConfig(arrays=num not in (1, 3)), View(size=tuple(facts["image_size"]))
+    source = open_source(path, progress=report.waiting("indexing"))
+    batch = next(share(evaluation_samples(source, config, [view], channels=num, limit=8), tell=report.say))
+    return Normalize(facts["mean"], facts["std"], channels=num)(batch.views[view])
+
+
+def _painter(run: Path, to: str, facts: Mapping[str, Any]) -> "Painter":
+    """The decoder of an MAE run, from its newest checkpoint. Raises CheckpointError: there is none, or one of another step."""
+    from vitssl.config import build
+    from vitssl.errors import CheckpointError
+    from vitssl.interop.mae import Painter
+    from vitssl.objectives.mae import MAE
+    from vitssl.train.checkpoint import load_newest
+    from vitssl.train.folder import begun_with
+
+    if to != "transformers":
+        raise CheckpointError(f"--decoder: {to} has no masked autoencoder; leave it out, or export --to transformers")
+    saved, prefix = load_newest(run / "checkpoints", tell=Report().say), "objectives.mae.decoder."
+    values = ((begun_with(run) or {}).get("objectives") or {}).get("mae")
+    state = {name: tensor for name, tensor in saved.state.items() if name.startswith(prefix)} if saved else {}
+    if values is None or not state:
+        raise CheckpointError(f"{run} holds no checkpoint with an MAE decoder; give the folder of a run of objectives.mae")
+    if saved.step != facts.get("step"):
+        raise CheckpointError(
+            f"{run}: its export is of step {facts.get('step')}, its newest checkpoint of step {saved.step}; let the run come to"
+            " its end, by the same command again"
+        )
+    config = build(MAE.Config, values, where=str(run / "config.yaml"))
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return Painter(state, config.decoder.heads, config.mask_ratio, config.norm_pix)

@@ -17,6 +17,7 @@ from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.interop.files import read_tensors
 from vitssl.models.encoder import Encoder
+from vitssl.models.positions import Grid
 from vitssl.sections import EncoderConfig
 
 State = dict[str, Tensor]
@@ -30,6 +31,7 @@ _NAMES = {  # (width, depth) -> timm's name
     (1408, 40): "vit_giant_patch14_224",
     (1536, 40): "vit_giant_patch14_dinov2",
 }
+_GATED = "vit_giant_patch14_dinov2"  # timm's one plain VisionTransformer whose MLP is gated (SwiGLU)
 # Names of an encoder in all of these codes.
 _ENCODER = (
     r"cls_token|pos_embed|reg_token|register_tokens|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
@@ -189,12 +191,19 @@ def import_official(path: Path, *, format: str | None = None, heads: int | None 
     return Imported(encoder, section, facts, [("encoder", len(found.encoder)), ("beside it", found.beside)])
 
 
-def section_of(state: State, *, heads: int | None = None) -> dict[str, Any]:
-    """The encoder section that builds a network for a state under timm's names. Raises CheckpointError where it cannot."""
+def section_of(state: State, *, heads: int | None = None, grid: Grid | None = None) -> dict[str, Any]:
+    """The encoder section that builds a network for a state under timm's names. Raises CheckpointError where it cannot.
+
+    ``grid``: rows and columns of its positions, where they are known (default: a square).
+    """
     width, channels, *patch = state["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    gated = hidden != state["blocks.0.mlp.fc2.weight"].shape[1]
     name = _NAMES.get((width, depth), "vit_base_patch16_224")
-    arguments: dict[str, Any] = {} if (width, depth) in _NAMES else {"embed_dim": width, "depth": depth}
+    named = (width, depth) in _NAMES and gated == (name == _GATED)
+    name = name if named else _GATED if gated else "vit_base_patch16_224"
+    arguments: dict[str, Any] = {} if named else {"embed_dim": width, "depth": depth}
     if heads is None and arguments:
         if width % 64:
             raise CheckpointError(f"a width of {width} does not say how many heads there are; say it with --heads")
@@ -202,19 +211,20 @@ def section_of(state: State, *, heads: int | None = None) -> dict[str, Any]:
     if heads is not None:
         arguments["num_heads"] = heads
     class_token, registers = "cls_token" in state, state["reg_token"].shape[1] if "reg_token" in state else 0
-    if "blocks.0.mlp.fc1.weight" in state and name != "vit_giant_patch14_dinov2":
-        ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
-        arguments |= {} if ratio == 4 and name != "vit_giant_patch14_224" else {"mlp_ratio": ratio}
+    if not (gated and named):
+        arguments |= (
+            {} if hidden == 4 * width and name not in (_GATED, "vit_giant_patch14_224") else {"mlp_ratio": hidden / width}
+        )
     arguments |= {"init_values": 1e-5} if "blocks.0.ls1.gamma" in state else {}
     arguments |= {} if "blocks.0.attn.qkv.bias" in state else {"qkv_bias": False}
     arguments |= {"no_embed_class": True} if registers else {}
-    grid = _grid(state["pos_embed"].shape[1] - (class_token and not registers))
+    grid = grid or _grid(state["pos_embed"].shape[1] - (class_token and not registers))
     size = [side * pixels for side, pixels in zip(grid, patch, strict=True)]
     own = {"patch_size": patch, "channels": channels, "registers": registers, "class_token": class_token}
     return {"name": name, "image_size": size, **own, "arguments": arguments}
 
 
-def _grid(num: int) -> tuple[int, int]:
+def _grid(num: int) -> Grid:
     side = round(num**0.5)
     if side * side != num:
         raise CheckpointError(f"{num} positions are no square grid; only those of square images are read")

@@ -88,6 +88,14 @@ def _folder(path: Path, name: str) -> Path:
     return folder
 
 
+def last_part(path: Path) -> tuple[Path, str]:
+    """(folder, name) for :func:`read_export` of what a run ended with: a fine-tuned run's last classifier, else the encoder."""
+    for folder in (path / "export" / "last", path / "last", path, path.parent):
+        if (folder / "classifier.json").is_file() and path.name != "encoder.safetensors":
+            return folder, "classifier"
+    return path, "encoder"
+
+
 def newest_export(runs: Path) -> Path:
     """The export folder under ``runs`` whose encoder was written last. Raises CheckpointError where there is none."""
     found = sorted(runs.glob("*/export/encoder.safetensors"), key=lambda path: path.stat().st_mtime)

@@ -143,7 +143,8 @@ class TimmViT(nn.Module):
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if prefix:
             tokens = torch.cat(prefix, dim=1) if own is None else torch.cat(prefix, dim=1) + own
-            x = torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)  # [B, R + K, D]
+            # x.shape[0], not len(x), which a graph made for other programs would keep as a constant
+            x = torch.cat([tokens.expand(x.shape[0], -1, -1), x], dim=1)  # [B, R + K, D]
         x = x if self.pos_embed is None else self.pos_drop(x)
         return self.norm_pre(x)
 

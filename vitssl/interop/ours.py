@@ -1,0 +1,63 @@
+"""The networks that our exports hold, built from their files alone: what every other network is compared with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitssl.config import build
+from vitssl.models.adapters.timm_vit import OWN_KEYS
+from vitssl.models.encoder import Encoder
+from vitssl.models.heads import ClassificationHead
+from vitssl.models.state import require_fit
+from vitssl.sections import EncoderConfig
+
+
+class Classifier(nn.Module):
+    """An encoder and the head on it: images [B, C, H, W] -> logits [B, classes]."""
+
+    def __init__(self, encoder: Encoder, head: ClassificationHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+def encoder_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Encoder:
+    """The encoder of an export that has been read. Raises CheckpointError where state and facts do not fit."""
+    encoder = create(build(EncoderConfig, facts["encoder"], where="encoder.json"))
+    encoder.load_state(state)
+    return encoder.eval()
+
+
+def classifier_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Classifier:
+    """The classifier of an export that has been read. Raises CheckpointError where state and facts do not fit."""
+    arguments = facts["arguments"]
+    own = {name: arguments[key] for key, name in OWN_KEYS.items() if name and arguments.get(key) is not None}
+    further = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
+    values = own | {"name": facts["architecture"], "image_size": facts["image_size"], "arguments": further}
+    encoder = create(build(EncoderConfig, values | {"pos_resample": rule_of(facts)}, where="classifier.json"))
+    norm = encoder.drop_norm() if arguments.get("fc_norm") else False
+    head = ClassificationHead(encoder.spec.dim, arguments["num_classes"], pooling=facts["pooling"], norm=norm)
+    require_fit(state, encoder.state() | head.state(), model=facts["architecture"])
+    head.load_state_dict({name: state[name] for name in head.state()})
+    encoder.load_state({name: state[name] for name in encoder.state()})
+    return Classifier(encoder, head).eval()
+
+
+def create(section: EncoderConfig) -> Encoder:
+    """A new encoder as a section says."""
+    return Encoder.create(section.name, **section.model_dump(exclude={"name"}))
+
+
+def rule_of(facts: Mapping[str, Any]) -> str:
+    """Whose interpolation carries an export's positions to other image sizes; timm's where nothing is said."""
+    return facts.get("pos_resample") or facts.get("encoder", {}).get("pos_resample", "timm")
+
+
+def tokens_of(encoder: Encoder, images: Tensor) -> Tensor:
+    """[B, R + N, D]: everything an encoder says of images, in timm's order."""
+    tokens = encoder(images)
+    return torch.cat([tokens.prefix, tokens.patches], dim=1)

@@ -1,0 +1,25 @@
+"""One name for weights from anywhere: an official checkpoint's file, ``timm:TAG`` or ``timm:FOLDER``, ``hf:FOLDER``."""
+
+from pathlib import Path
+
+from vitssl.errors import CheckpointError
+from vitssl.interop.official import Imported, import_official
+
+
+def import_weights(source: str, *, format: str | None = None, heads: int | None = None) -> Imported:
+    """The encoder that ``source`` names. ``format`` and ``heads`` are for official files, which may not say them.
+
+    Raises CheckpointError in one line.
+    """
+    kind, _, rest = source.partition(":")
+    if kind not in ("timm", "hf"):
+        return import_official(Path(source), format=format, heads=heads)
+    if format or heads:
+        raise CheckpointError(f"{source}: says its format and heads itself; leave --format and --heads out")
+    if kind == "timm":
+        from vitssl.interop.timm import import_timm
+
+        return import_timm(rest)
+    from vitssl.interop.transformers import import_transformers
+
+    return import_transformers(Path(rest))
