@@ -1,19 +1,29 @@
 """What fine-tuning can be told: the shared sections, the encoder it starts from, the head, augmentation and evaluation."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, NonNegativeInt
 
 from vitssl.command import Command, help_text, parse
 from vitssl.config import Count, Every, Section, load
 from vitssl.report import show
 from vitssl.schedule import Duration
-from vitssl.sections import Fraction, OptimConfig, ProgramConfig, Share, Size, SourceConfig
+from vitssl.sections import Beta, Fraction, OptimConfig, ProgramConfig, Share, Size, SourceConfig
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "finetune" / "demo.yaml"
 FLAGS = {"--plan": "print every derived number and stop"}
+
+
+def _labelled(value: Any) -> int | str | None:
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
+    if percent and 0 < float(percent[1]) <= 100:
+        return f"{percent[1]}%"
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("is no number of images; write 1000, or a share of each class as 1%")
+    return value
 
 
 class HeadConfig(Section):
@@ -35,6 +45,9 @@ class AugmentConfig(Section):
 class TestConfig(SourceConfig):
     every: Every = Field(Duration(10, "%"), description="between two evaluations")
     crop_pct: Share = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
+    image_size: Size | None = Field(None, description="pixels that are looked at (FixRes); null: what is trained at")
+    patience: Count | None = Field(None, description="evaluations without a better top-1 after which the run ends; null: off")
+    mistakes: NonNegativeInt = Field(40, description="misclassified images on the contact sheet, the surest first")
 
 
 class LayerwiseConfig(OptimConfig):
@@ -46,13 +59,18 @@ class FinetuneConfig(ProgramConfig):
 
     encoder: str = Field("newest", description="an export (folder, run or .safetensors); newest: the last one below run.dir")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: the same network from scratch")
-    mode: Literal["full", "linear"] = Field("full", description="linear: the encoder stays frozen")
+    mode: Literal["full", "partial", "linear"] = Field(
+        "full", description="what trains: everything; the last blocks and the head; the head alone"
+    )
+    blocks: Count | None = Field(None, description="how many of the last blocks train under mode=partial")
+    ema: Beta | None = Field(None, description="momentum of an average of the weights, which is then judged; null: none")
     image_size: Size | None = Field(None, description="pixels; null: what the encoder was pretrained at")
     drop_path: Fraction = Field(0.1, description="stochastic depth of the last block; earlier ones linearly less")
     smoothing: Fraction = Field(0.0, description="label smoothing")
-    labelled: Count | None = Field(
-        None, description="how many labelled images to train on, class-balanced and seeded; null: all"
+    labelled: Annotated[int | str | None, BeforeValidator(_labelled)] = Field(
+        None, description="images to train on, seeded: a class-balanced number (1000) or a share of each class (1%); null: all"
     )
+    shots: Count | None = Field(None, description="images to train on of each class, instead of labelled")
     optim: LayerwiseConfig = LayerwiseConfig()
     head: HeadConfig = HeadConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -39,7 +39,7 @@ class EvaluateConfig(Section):
 
     protocol: Annotated[str | list[str], AfterValidator(_known)] = Field("knn", description="one, a list, or all")
     encoder: str | list[str] = Field(
-        "newest", description="exports (folders, runs or .safetensors); newest: below runs; random:EXPORT"
+        "newest", description="exports, official files, timm:TAG, hf:FOLDER, random:EXPORT; newest: the last below runs"
     )
     data: DataConfig = Field(DataConfig(), description="labelled images that heads and neighbours are taken from")
     test: SourceConfig = Field(SourceConfig(), description="labelled images that are judged")

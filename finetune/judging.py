@@ -11,7 +11,8 @@ from vitssl import dist
 from vitssl.data.feed import open_configured
 from vitssl.data.layout import choose_workers
 from vitssl.data.sources import Source, label_like
-from vitssl.errors import DataError
+from vitssl.errors import ConfigError, DataError
+from vitssl.interop.source import import_weights
 from vitssl.models.encoder import Encoder
 from vitssl.probes.protocols import Split, judge, needed, wilson
 from vitssl.report import Report
@@ -51,6 +52,11 @@ def evaluate(config: EvaluateConfig, report: Report) -> list[dict[str, Any]]:
 def _load(name: str, config: EvaluateConfig) -> tuple[Encoder, dict[str, Any]]:
     """An export, or behind ``random:`` the same network with new weights, which any training has to beat."""
     changes = {} if config.image_size is None else {"image_size": config.image_size}
+    if name.partition(":")[0] in ("timm", "hf") or Path(name).suffix in (".pth", ".pt", ".tar", ".bin"):
+        if changes:
+            raise ConfigError(f"image_size: is for exports; make one of {name} with  vitssl import  first")
+        found = import_weights(name)
+        return found.encoder, found.facts
     if not name.startswith("random:"):
         return load_encoder(Path(name), **changes)
     torch.manual_seed(0)

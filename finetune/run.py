@@ -1,27 +1,27 @@
 """Fine-tuning, from an exported encoder to a classifier: which decisions are made, and in which order."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune.config import FinetuneConfig
+from finetune.labels import choose_labelled
+from finetune.watch import Evaluation, tested_size
 from vitssl import dist
 from vitssl.command import Command
 from vitssl.data.augment import erasing, mixer, rand_augment
-from vitssl.data.feed import evaluation_samples, open_configured, share
-from vitssl.data.sources import Joined, Source, label_like, take_labelled
+from vitssl.data.feed import open_configured
+from vitssl.data.sources import Source, label_like
 from vitssl.data.transforms import check_channels
 from vitssl.errors import ConfigError, DataError
 from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.report import Report
-from vitssl.train.evaluate import evaluate
-from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_facts, write_export
+from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_facts
 from vitssl.train.folder import begun_with, run_folder
-from vitssl.train.loop import Event
-from vitssl.train.session import Session, begin_session, show_plan
+from vitssl.train.planning import outline
+from vitssl.train.session import begin_session, show_plan
 from vitssl.views import View
 
 
@@ -45,10 +45,15 @@ def run(config: FinetuneConfig, command: Command) -> int:
     def fill(task: Classify) -> None:
         if config.weights == "pretrained":
             fill_encoder(task.encoder, Path(config.encoder))
+        if task.twin is not None:
+            task.twin.restart()
 
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
         return 0
+    tested_size(
+        config.test.image_size, outline(build).encoder.spec
+    )  # a size that cannot be is refused before anything is written
     images = label_like(open_configured(config.test, key="test"), source)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
@@ -60,11 +65,16 @@ def run(config: FinetuneConfig, command: Command) -> int:
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
     policy = config.augment.rand_augment
     augment = rand_augment(policy, mean=config.data.mean, size=min(spec.image_size)) if policy else None
-    reached = session.fit([view], channels=spec.channels, labels=True, augment=augment, events=[test.event()])
-    if reached < session.plan.steps:
-        session.tell_stopped(reached, command.typed("finetune", launched=dist.world() > 1))
+    tell_short_average(config, session.plan.steps, report)
+    reached = session.start
+    if test.ended:
+        report.say(f"{session.folder} ended at step {reached:,} by test.patience={config.test.patience}; null goes on")
     else:
+        reached = session.fit([view], channels=spec.channels, labels=True, augment=augment, events=[test.event()])
+    if test.ended or reached == session.plan.steps:
         test.finish()
+    else:
+        session.tell_stopped(reached, command.typed("finetune", launched=dist.world() > 1))
     session.engine.end()
     return 0
 
@@ -85,9 +95,17 @@ def open_training(config: FinetuneConfig, report: Report) -> Source:
     different, largest = len(np.unique(labels)), int(labels.max())
     if source.classes is None and largest >= max(1000, 10 * different):
         raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
-    if config.labelled and isinstance(source, Joined):
-        raise ConfigError("labelled and data.sources exclude each other: few labels are balanced by class, not by weight")
-    return take_labelled(source, num=config.labelled, seed=config.seed) if config.labelled else source
+    return choose_labelled(source, labelled=config.labelled, shots=config.shots, seed=config.seed)
+
+
+def tell_short_average(config: FinetuneConfig, steps: int, report: Report) -> None:
+    """Warn where an average still remembers more of the beginning than of the training."""
+    if config.ema is not None and (horizon := 1 / (1 - config.ema)) > steps:
+        report.say(
+            f"warning: ema={config.ema} averages over about {horizon:,.0f} steps, and the run has {steps:,}: the average stays"
+            " near where it began; lower ema, or set it to null",
+            style="yellow",
+        )
 
 
 def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
@@ -97,7 +115,7 @@ def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
         changes["image_size"] = config.image_size
     encoder, facts = encoder_like(Path(config.encoder), **changes)
     pooling = config.head.pooling or facts["pooling"]
-    norm = encoder.drop_norm() if pooling == "mean" and config.mode == "full" else False
+    norm = encoder.drop_norm() if pooling == "mean" and config.mode != "linear" else False
     head = ClassificationHead(
         encoder.spec.dim, num_classes, pooling=pooling, norm=norm, init=config.head.init, std=config.head.std
     )
@@ -115,74 +133,7 @@ def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
         mixup=mixer(augment.mixup, augment.cutmix, switch=augment.switch, num_classes=num_classes),
         erasing=erasing(augment.erasing),
         mode=config.mode,
+        blocks=config.blocks,
         layer_decay=config.optim.layer_decay or 1.0,
+        ema=config.ema,
     )
-
-
-class Evaluation:
-    """Accuracy on the test images on the way and at the end; the best classifier and the last are kept."""
-
-    def __init__(self, session: Session, images: Source, *, classes: tuple[str, ...]) -> None:
-        self.session, self.classes = session, classes
-        spec = session.engine.task.encoder.spec
-        view = View(size=spec.image_size, resize=round(min(spec.image_size) / session.config.test.crop_pct))
-        self.samples = evaluation_samples(images, session.config.data, [view], channels=spec.channels, labels=True)
-
-    def event(self) -> Event:
-        """The evaluation as something the loop does."""
-        return Event(every=self.session.steps(self.session.config.test.every), act=self.act)
-
-    def act(self, step: int) -> None:
-        """Measure, write the row, and keep the classifier if none was better."""
-        session = self.session
-        result = evaluate(session.engine, share(self.samples, tell=session.report.say), seed=session.config.seed)
-        best = max((row["top1"] for row in self.rows()), default=-1.0)
-        session.report.scalars({f"test/{name}": value for name, value in result.items()}, step)
-        session.report.rows("probes.jsonl", [{"step": step, **result, "images": len(self.samples)}])
-        session.report.say(f"step {step:,}  test {in_words(result)}")
-        if session.engine.main:
-            self.keep("last", step, result)
-            if result["top1"] > best:
-                self.keep("best", step, result)
-
-    def keep(self, which: str, step: int, result: dict[str, float]) -> None:
-        """Write the classifier as timm's own: ``export/<which>/classifier.safetensors`` and ``.json``."""
-        session, task = self.session, self.session.engine.task
-        facts = {
-            "architecture": task.encoder.architecture,
-            "arguments": task.encoder.arguments | task.head.arguments,
-            "image_size": list(task.encoder.spec.image_size),
-            "mean": list(session.config.data.mean),
-            "std": list(session.config.data.std),
-            "pooling": task.head.pooling,
-            "classes": list(self.classes),
-            "run": str(session.folder),
-            "step": step,
-            "top1": result["top1"],
-        }
-        state = task.encoder.state() | task.head.state()
-        write_export(session.folder / "export" / which, "classifier", state, facts)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Every evaluation of the run so far."""
-        path = self.session.folder / "probes.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def finish(self) -> None:
-        """Say what was made, where it lies, and how good it is."""
-        self.session.report.rest()
-        session, rows = self.session, self.rows()
-        last, best = rows[-1], max(rows, key=lambda row: row["top1"])
-        report = [
-            ("test", f"{in_words(last)} of {len(self.samples):,} images after the last step"),
-            ("best", f"{best['top1']:.2%} at step {best['step']:,} (chosen on the same images)"),
-            ("classifier", f"{session.folder / 'export' / 'last' / 'classifier.safetensors'}, a plain timm state"),
-        ]
-        config = session.config
-        origin = config.encoder if config.weights == "pretrained" else f"scratch ({config.encoder} untouched)"
-        session.report.pairs(f"fine-tuned on {session.source.num_samples:,} labelled images from {origin}", report)
-
-
-def in_words(result: dict[str, float]) -> str:
-    """An evaluation in one phrase."""
-    return f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}"

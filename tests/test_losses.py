@@ -1,14 +1,17 @@
 """Losses and targets against slow oracles and the official numbers."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitssl.losses import masked_mse, normalize_patches, patchify, unpatchify
+from vitssl.losses import distillation, masked_mse, normalize_patches, patchify, unpatchify
 
 GOLDEN = Path(__file__).parent / "golden" / "mae"
+VARIANTS = GOLDEN.parent / "vit_variants"
+KD = json.loads((VARIANTS / "meta.json").read_text())["config"]["kd"]  # (kind, alpha, temperature) of each case
 
 
 @pytest.mark.parametrize("shape, patch", [((2, 3, 8, 12), (4, 4)), ((1, 1, 6, 4), (3, 2)), ((2, 4, 4, 4), (4, 4))])
@@ -56,3 +59,34 @@ def test_masked_mse_by_a_slow_oracle():
         if mask[b, n]
     ]
     assert masked_mse(pred, target, mask).item() == pytest.approx(sum(errors) / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("case", range(len(KD)))
+@pytest.mark.parametrize("base", ["ls", "soft"])
+def test_distillation_equals_deit(case: int, base: str):
+    """Loss and both gradients of (1 - alpha) x base + alpha x distillation; the official base losses are timm's."""
+    kind, alpha, temperature = KD[case]
+    inputs, expected = (load_file(VARIANTS / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    logits, logits_kd, teacher = (inputs[name].double().requires_grad_() for name in ("logits", "logits_kd", "teacher_logits"))
+    targets = inputs["labels"] if base == "ls" else inputs["soft_labels"].double()
+    loss = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1 if base == "ls" else 0.0)
+    if kind != "none":
+        loss = (1 - alpha) * loss + alpha * distillation(logits_kd, teacher, kind=kind, temperature=temperature)
+    loss.backward()
+    found = {"loss": loss.detach(), "grad_logits": logits.grad}
+    found |= {"grad_logits_kd": logits_kd.grad} if kind != "none" else {}
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[f"kd{case}.{base}.{name}"], rtol=1e-12, atol=1e-14)
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_soft_distillation_by_a_slow_oracle(temperature: float):
+    logits, teacher = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    total = 0.0
+    for row, other in zip(logits, teacher):
+        p, q = ((each / temperature).exp() / (each / temperature).exp().sum() for each in (row, other))
+        total += float((q * (q.log() - p.log())).sum())
+    loss = distillation(logits, teacher, kind="soft", temperature=temperature)
+    assert float(loss) == pytest.approx(total * temperature**2 / 12)
+    assert float(distillation(teacher, teacher, kind="soft", temperature=temperature)) == pytest.approx(0, abs=1e-15)

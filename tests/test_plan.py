@@ -136,6 +136,7 @@ def test_training_memory(engine: str, parameters: int, gradients: int, optimiser
     """100 trainable and 10 frozen fp32 parameters on 4 processes; ZeRO keeps fp32 masters of its shard beside them."""
     found = training_memory(trainable=100, frozen=10, engine=engine, processes=4)
     assert found == {"parameters": parameters, "gradients": gradients, "optimiser": optimiser}
+    assert training_memory(trainable=100, frozen=10, engine=engine, processes=4, moments=1)["optimiser"] == optimiser / 2
 
 
 def test_the_plan_shows_every_number():

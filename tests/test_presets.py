@@ -1,18 +1,22 @@
 """Every preset loads into its program, says its own command first, and its objectives and encoder can be built."""
 
+import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from finetune.config import FinetuneConfig
+from finetune.run import build_task
 from pretrain.config import PretrainConfig
 from vitssl import objectives
 from vitssl.config import load
 from vitssl.models.encoder import Encoder
-from vitssl.train.planning import outline
+from vitssl.train.optim import MOMENTS, group_parameters
+from vitssl.train.planning import make_plan, outline
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROGRAMS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
@@ -54,6 +58,51 @@ def test_a_pretraining_preset_can_be_built(path: Path):
     assert config.objectives
     for name, settings in config.objectives.items():
         assert outline(lambda: objectives.create(name, settings, encoder.spec)).views()  # noqa: B023
+
+
+IMAGENET = 1_281_167
+FINETUNE = {  # steps, absolute rate, warm-up in steps, and the rate's share of the patches' layer (null: no layer decay)
+    "mae_vit_b16": (125_114, 2e-3, 6256, 0.65**13),
+    "mae_vit_l16": (62_557, 4e-3, 6256, 0.75**25),
+    "mae_vit_h14": (62_557, 4e-3, 6256, 0.75**33),
+    "vit_b16": (20_000, 0.03, 500, 1.0),
+    "moco_v3_vit_b16": (187_671, 1e-3, 6256, 1.0),
+    "ibot_vit_b16": (125_114, 4e-3, 25_023, 0.65**13),
+}
+SIZES = {"b16": "vit_base_patch16_224", "l16": "vit_large_patch16_224", "h14": "vit_huge_patch14_224"}
+
+
+@pytest.mark.parametrize("path", [path for path in PRESETS if path.parent.name == "finetune"], ids=lambda path: path.stem)
+def test_a_fine_tuning_preset_comes_to_its_published_numbers(path: Path, tmp_path: Path):
+    """The plan that ``--plan`` prints, from an export of the size that the preset is for, on ImageNet-1k."""
+    name = SIZES.get(path.stem.rpartition("_")[2], "vit_tiny_patch16_224")
+    section = {"name": name, "image_size": 224}
+    facts = {"architecture": name, "arguments": {}, "image_size": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "encoder.json").write_text(json.dumps(facts | {"pooling": "mean", "encoder": section}))
+    (tmp_path / "encoder.safetensors").touch()
+    statistics = ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]"]
+    config = load(FinetuneConfig, path, [f"encoder={tmp_path}", *statistics, "micro_batch=1", "launch.device=cpu"])
+    task = outline(lambda: build_task(config, 1000))
+    plan = make_plan(config, task, SimpleNamespace(num_samples=IMAGENET, ignored=0, by_chunk=False))
+    groups = {group.rule.name: group for group in group_parameters(task)}
+    assert plan.memory["optimiser"] == 4 * len(MOMENTS[config.optim.name]) * sum(group.size for group in groups.values())
+    if path.stem in FINETUNE:
+        stem = groups["stem.decay"].rule.lr_scale
+        found = (plan.steps, plan.lr, plan.warmup_steps, stem)
+        assert found == pytest.approx(FINETUNE[path.stem], rel=1e-12)
+        assert [line for line in path.read_text().splitlines() if line.startswith("#") and "Published" in line]
+
+
+def test_every_fine_tuning_preset_for_imagenet_has_its_numbers():
+    assert {path.stem for path in PRESETS if path.parent.name == "finetune"} - {"demo", "cifar10"} == set(FINETUNE)
+
+
+@pytest.mark.parametrize("stem", ["vit_b16", "moco_v3_vit_b16", "ibot_vit_b16", "mae_vit_l16", "mae_vit_h14"])
+def test_each_number_of_a_recipe_carries_its_source(stem: str):
+    """A line with a number says where it is from, but for what is ours: evaluation and lines on the console."""
+    for line in (CONFIGS / "finetune" / f"{stem}.yaml").read_text().splitlines():
+        own = line.startswith(("#", "run:", "log:", "base:", "test: {crop_pct: 1.0, every"))
+        assert own or not re.search(r"[:{] ?[\[\d]", line) or re.search(r"#\s+(\[\w+\]|paper|FINETUNE\.md)", line), line
 
 
 def test_names_of_runs_differ():

@@ -1,6 +1,9 @@
 """Losses and their targets, as pure functions. B images, C channels, N patches, P = ph * pw * C numbers in a patch."""
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,3 +42,17 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     error = (pred - target).square().mean(dim=-1)  # [B, N]
     weight = mask.to(error.dtype)
     return (error * weight).sum() / weight.sum()
+
+
+def distillation(logits: Tensor, teacher: Tensor, *, kind: Literal["soft", "hard"], temperature: float = 1.0) -> Tensor:
+    """Scalar: how far logits [B, classes] are from a teacher's [B, classes], which get no gradient. In nats.
+
+    ``soft``: KL(teacher || student) at ``temperature``, times its square, mean over all B x classes numbers (not over B: the
+    official code of DeiT divides by both). ``hard``: cross entropy with the teacher's first choice. Touvron et al. 2021,
+    section 4; weigh it against the loss on labels as (1 - alpha) x base + alpha x this.
+    """
+    teacher = teacher.detach()
+    if kind == "hard":
+        return F.cross_entropy(logits, teacher.argmax(dim=-1))
+    log_p, log_q = (F.log_softmax(each / temperature, dim=-1) for each in (logits, teacher))
+    return F.kl_div(log_p, log_q, reduction="sum", log_target=True) * temperature**2 / logits.numel()

@@ -114,14 +114,17 @@ def run_length(length: Duration, *, samples: int, batch_size: int) -> int:
     return steps
 
 
-def training_memory(*, trainable: int, frozen: int, engine: str, processes: int) -> dict[str, int]:
-    """Bytes per process of fp32 parameters, gradients and AdamW's two moments under an engine (exact, without buffers)."""
+def training_memory(*, trainable: int, frozen: int, engine: str, processes: int, moments: int = 2) -> dict[str, int]:
+    """Bytes per process of fp32 parameters, gradients and the optimiser's moments under an engine (exact, without buffers).
+
+    AdamW keeps two ``moments`` of each parameter, SGD one.
+    """
     shard = processes if engine in ("zero1", "zero2") else 1
     gradient_shard = processes if engine == "zero2" else 1
     return {
         "parameters": 4 * (trainable + frozen) + (4 * trainable // shard if engine != "ddp" else 0),
         "gradients": 4 * trainable // gradient_shard,
-        "optimiser": 8 * trainable // shard,
+        "optimiser": 4 * moments * trainable // shard,
     }
 
 

@@ -98,13 +98,15 @@ class DataConfig(SourceConfig):
 
 
 class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or stochastic gradient descent with momentum (ViT's)")
     base_lr: float = Field(1.5e-4, gt=0, description="learning rate before the rule")
     lr_rule: Annotated[str, AfterValidator(_lr_rule)] = Field(
         "linear/256", description="linear/256: lr = base_lr x batch_size / 256; sqrt/1024; none"
     )
     final_lr: float = Field(0.0, ge=0, description="absolute learning rate at the end of the half cosine")
     warmup: Time = Field(Duration(5, "%"), description="linear warm-up from 0, as 40ep, 5% or steps")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's decoupled decay, constant")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW: decoupled, constant; SGD: times the weights, on the gradient")
+    momentum: Beta = Field(0.9, description="SGD's")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip: float | None = Field(None, gt=0, description="largest global gradient norm; null: none")

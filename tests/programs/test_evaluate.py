@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from finetune.evaluate import PROTOCOLS, EvaluateConfig, main
+from vitssl.cli import main as tools
 from vitssl.config import build
 from vitssl.data.feed import evaluation_samples
 from vitssl.data.sources import Subset, open_source
@@ -130,6 +131,17 @@ def test_two_processes_extract_the_same(argv: list[str], tmp_path: Path) -> None
     ran = subprocess.run([*launch, *argv, "protocol=[knn,fewshot]"], **told)
     assert ran.returncode == 0, ran.stderr
     assert rows(tmp_path) == alone and ran.stdout.count("knn k=10") == 1
+
+
+def test_weights_from_elsewhere(argv: list[str], exported, tmp_path: Path) -> None:
+    """An export that went to timm's own layout is judged the same."""
+    assert main([*argv, "protocol=knn"]) == 0
+    own = [row["value"] for row in rows(tmp_path)]
+    assert tools(["export", str(exported.folder), str(tmp_path / "hub"), "--to", "timm"]) == 0
+    foreign = [*(word for word in argv if "encoder=" not in word), f"encoder=timm:{tmp_path}/hub", "protocol=knn"]
+    assert main(foreign) == 0 and [row["value"] for row in rows(tmp_path)] == own
+    with pytest.raises(ConfigError, match=r"image_size: is for exports"):
+        main([*foreign, "image_size=32"])
 
 
 def test_refusals(argv: list[str], tmp_path: Path, data: Path) -> None:

@@ -100,6 +100,27 @@ def test_a_single_process_is_enough(pretrain: Callable, tmp_path: Path, exported
     np.testing.assert_allclose(run.losses(), exported.losses(), rtol=1e-5)
 
 
+def test_sgd_and_an_average_under_it_equal_ddp_and_go_on(finetune: Callable, tmp_path: Path) -> None:
+    """One moment, two parameter groups, fewer parameters trained than there are; and on from its checkpoint under DDP."""
+    sgd = ("optim.name=sgd", "optim.base_lr=0.03", "optim.layer_decay=null", "optim.clip=1.0", "mode=partial", "blocks=1")
+    recipe = (*sgd, "ema=0.5", "drop_path=0", "checkpoint.keep_last=9")
+    one = finetune(tmp_path / "one", *recipe).ok()
+    two = finetune(tmp_path / "two", *recipe, "launch.engine=zero2", processes=2, trap=SPY).ok()
+    assert "DeepSpeedEngine 2 2" in two.out
+    np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
+    ours, theirs = two.tensors(), one.tensors()
+    assert ours.keys() == theirs.keys() and any(name.startswith("moments/momentum_buffer/") for name in ours)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    for begun, then in ((two, "ddp"), (one, "zero1")):
+        folder = tmp_path / f"on_{then}"
+        shutil.copytree(begun.folder, folder)
+        shutil.rmtree(folder / "checkpoints/step_00000012")
+        on = finetune(folder, *recipe, f"launch.engine={then}", processes=1 if then == "ddp" else 2).ok()
+        assert "from step 6" in on.out
+        np.testing.assert_allclose(on.losses(), one.losses(), rtol=1e-5)
+
+
 def test_fine_tuning_runs_under_it(finetune: Callable, tmp_path: Path) -> None:
     one = finetune(tmp_path / "one").ok()
     two = finetune(tmp_path / "two", "launch.engine=zero2", processes=2, trap=SPY).ok()

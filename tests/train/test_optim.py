@@ -15,7 +15,7 @@ from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.sections import OptimConfig
 from vitssl.task import Rule, decay_rules
-from vitssl.train.optim import build_optimizer, covers, group_parameters, set_lr
+from vitssl.train.optim import MOMENTS, build_optimizer, covers, group_parameters, set_lr
 
 TABLES = json.loads((Path(__file__).parents[1] / "golden" / "mae" / "tables.json").read_text())
 CPU = torch.device("cpu")
@@ -125,3 +125,42 @@ def test_a_linear_probe_trains_only_its_head():
     task = Classify(encoder, head, mean=(0.5,) * 3, std=(0.5,) * 3, mode="linear")
     names = {name for group in group_parameters(task) for name in group.names}
     assert names == {name for name, _ in task.named_parameters() if name.startswith("head.")} != set()
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_sgd_by_a_slow_oracle(momentum: float, ruled: type):
+    """Heavy-ball momentum, decay on the gradient, each rule with its own rate and decay."""
+    rules = [Rule("a", "weight", lr_scale=0.5, weight_decay=1.0), Rule("b", "bias|token", weight_decay=0.0)]
+    task = ruled(ALL, rules)
+    config = OptimConfig(name="sgd", momentum=momentum, weight_decay=0.1)
+    optimizer = build_optimizer(task, config, lr=0.3, device=CPU)
+    assert type(optimizer) is torch.optim.SGD
+    generator = torch.Generator().manual_seed(0)
+    for parameter in task.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    expected = {name: [parameter.detach().clone().double(), 0.0] for name, parameter in task.named_parameters()}
+    for step in range(4):
+        lr = 0.4 / (step + 1)
+        set_lr(optimizer, lr)
+        for name, parameter in task.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            weight, velocity = expected[name]
+            decay, scale = (0.1, 0.5) if name == "weight" else (0.0, 1.0)
+            velocity = momentum * velocity + parameter.grad.double() + decay * weight
+            expected[name] = [weight - lr * scale * velocity, velocity]
+        optimizer.step()
+    for name, parameter in task.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), expected[name][0], rtol=1e-5, atol=1e-6)
+        if momentum:
+            velocity = optimizer.state[parameter][MOMENTS["sgd"][0]].double()
+            torch.testing.assert_close(velocity, expected[name][1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_the_moments_are_the_optimisers_own(name: str, ruled: type):
+    """What a checkpoint holds is all that torch keeps: a name that torch changes is found here."""
+    task = ruled({"weight": (2, 3)}, [Rule("all", ".*")])
+    optimizer = build_optimizer(task, OptimConfig(name=name), lr=0.1, device=CPU)
+    task.weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert set(optimizer.state[task.weight]) == {*MOMENTS[name], *(["step"] if name == "adamw" else [])}

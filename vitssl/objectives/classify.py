@@ -8,19 +8,22 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitssl.data.augment import Normalize
 from vitssl.dist import rank
 from vitssl.draws import fold
-from vitssl.errors import DataError
+from vitssl.errors import ConfigError, DataError
 from vitssl.models.encoder import Encoder, Pooling
 from vitssl.models.heads import ClassificationHead
+from vitssl.models.twin import Twin
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
 from vitssl.task import Batch, Rule, Task, decay_rules
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Mode = Literal["full", "partial", "linear"]
+Wanted = Pooling | Literal["logits", "averaged logits"]
 
 
 class Classify(Task):
@@ -29,8 +32,11 @@ class Classify(Task):
     ``mixup``: images [B, C, H, W], labels [B] -> mixed images, targets [B, classes] (``timm.data.Mixup`` with
     ``label_smoothing=0``: ``smoothing`` is applied here, to whatever the targets are). ``erasing``: normalised images -> the
     same. Both may draw from the global generators of Python, numpy and torch: they are seeded by (seed, step, process) around
-    them and put back. ``mode="linear"`` freezes the encoder and keeps it in evaluation mode.
-    ``layer_decay``: see :func:`layer_decay_rules`.
+    them and put back. ``mode="linear"`` trains the head alone, ``mode="partial"`` also the last ``blocks`` blocks and the
+    encoder's norm (He et al. 2022, section 4.3); what is frozen stays in evaluation mode. ``layer_decay``: see
+    :func:`layer_decay_rules`. ``ema``: momentum of an average of encoder and head, kept beside them in ``twin``.
+
+    Raises ConfigError for a number of ``blocks`` that the mode or the encoder does not have.
     """
 
     def __init__(
@@ -43,8 +49,10 @@ class Classify(Task):
         smoothing: float = 0.0,
         mixup: Mixer | None = None,
         erasing: Callable[[Tensor], Tensor] | None = None,
-        mode: Literal["full", "linear"] = "full",
+        mode: Mode = "full",
+        blocks: int | None = None,
         layer_decay: float = 1.0,
+        ema: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -52,24 +60,27 @@ class Classify(Task):
         self.smoothing, self.mixup, self.erasing, self.mode, self.layer_decay = smoothing, mixup, erasing, mode, layer_decay
         self.normalize = Normalize(mean, std, channels=encoder.spec.channels)
         self._part = (-1, 0)  # (step, how many forwards it has had): micro-batches of a step mix differently
-        if mode == "linear":
-            self.encoder.requires_grad_(False)
-            self.encoder.eval()
+        self.blocks = _trained_blocks(mode, blocks, encoder.spec.depth)
+        self._frozen = self._freeze()
+        self.ema = ema
+        self.twin = Twin(nn.ModuleDict({"encoder": encoder, "head": head})) if ema is not None else None
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> "Classify":
         super().train(mode)
-        if self.mode == "linear":
-            self.encoder.eval()
+        for part in self._frozen:
+            part.eval()
         return self
 
-    def forward(self, batch: Batch, clock: Clock, *, features: Pooling | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, clock: Clock, *, features: Wanted | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(mean loss, {"top1"} where labels are hard); in evaluation no augmentation, and {"top1", "top5"}.
 
-        The batch has one view. Raises DataError without labels.
+        The batch has one view. Beside pooled features it can be asked for ``"logits"`` [B, classes], and for those of the
+        averaged weights. Raises DataError without labels.
         """
         if features:
             (images,) = batch.views.values()
-            return self.encoder(self.normalize(images)).pool(features), {}
+            return self._wanted(self.normalize(images), features), {}
         if batch.labels is None:
             raise DataError("these samples have no labels; classification needs them: .cls members of shards, or class folders")
         (images,) = batch.views.values()
@@ -83,14 +94,44 @@ class Classify(Task):
         return loss, hard
 
     def stacks(self) -> list[Stack]:
-        spec, trained = self.encoder.spec, self.mode == "full"
-        return [Stack(spec.prefix + spec.num_patches, spec.dim, spec.depth if trained else 0, spec.heads)]
+        spec = self.encoder.spec
+        return [Stack(spec.prefix + spec.num_patches, spec.dim, self.blocks, spec.heads)]
+
+    def after_step(self, clock: Clock) -> None:
+        if self.twin is not None:
+            self.twin.update(self.ema)
+
+    @property
+    def judged(self) -> tuple[Encoder, ClassificationHead]:
+        """Encoder and head of the classifier that is evaluated and exported: the averaged ones where an average is kept."""
+        return (self.encoder, self.head) if self.twin is None else (self.twin.average["encoder"], self.twin.average["head"])
 
     def param_rules(self) -> list[Rule]:
         return layer_decay_rules(self.encoder.spec.depth, self.layer_decay)
 
+    def _freeze(self) -> list[nn.Module]:
+        """Take the gradient from what the mode does not train; returns the modules that stay in evaluation mode."""
+        if self.mode == "full":
+            return []
+        self.encoder.requires_grad_(False)
+        if self.mode == "linear":
+            return [self.encoder]
+        vit = self.encoder.vit
+        first = len(vit.blocks) - self.blocks
+        for part in (*vit.blocks[first:], vit.norm):
+            part.requires_grad_(True)
+        return [vit.patch_embed, vit.pos_drop, vit.norm_pre, *vit.blocks[:first]]
+
+    def _wanted(self, images: Tensor, what: Wanted) -> Tensor:
+        if what == "logits":
+            return self._logits(images)
+        if what == "averaged logits":
+            encoder, head = self.judged
+            return head(encoder(images))
+        return self.encoder(images).pool(what)
+
     def _logits(self, images: Tensor) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode == "full"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.blocks > 0):
             tokens = self.encoder(images)
         return self.head(tokens)
 
@@ -129,6 +170,18 @@ def layer_decay_rules(
     for i in range(depth):
         rules += decay_rules(rf"{own}blocks\.{i}\..*", prefix=f"block{i}.", lr_scale=decay ** (depth - i))
     return rules + decay_rules(rf"(?!{own}(?:{'|'.join(tokens)}|{stem}|blocks\..*)$).*", prefix="rest.")
+
+
+def _trained_blocks(mode: Mode, blocks: int | None, depth: int) -> int:
+    """How many blocks of ``depth`` a mode trains."""
+    if mode != "partial":
+        if blocks is not None:
+            raise ConfigError(f"blocks={blocks}: mode={mode} does not choose blocks; take mode=partial, or leave blocks out")
+        return depth if mode == "full" else 0
+    if blocks is None or blocks > depth:
+        given = "has no value" if blocks is None else f"is {blocks}"
+        raise ConfigError(f"blocks: {given}, and mode=partial trains the last blocks of {depth}; give blocks=1 to {depth}")
+    return blocks
 
 
 @contextmanager

@@ -26,7 +26,7 @@ SHARD_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds: ``state`` of the task, AdamW's ``moments`` ("exp_avg/NAME"), and plain ``facts``."""
+    """What a checkpoint holds: ``state`` of the task, the optimiser's ``moments`` ("exp_avg/NAME"), and plain ``facts``."""
 
     step: int
     state: dict[str, Tensor]

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from vitssl import dist
-from vitssl.config import difference, dump
+from vitssl.config import build, difference, dump
 from vitssl.data import ledger, quarantine
 from vitssl.data.sources import Source, same_samples
 from vitssl.data.stores import shown, without_secrets
@@ -58,13 +58,22 @@ def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> N
             f"warning: {folder / 'config.yaml'} is damaged or missing, so whether this is the same run is unknown; going on",
             style="yellow",
         )
-    then, now = (_texts(each, shown) for each in (values or {}, recorded(config)))  # a new signature is no other run
+    known = _with_defaults(values or {}, config)
+    then, now = (_texts(each, shown) for each in (known, recorded(config)))  # a new signature is no other run
     differing = difference(then, now, ignore=CHANGEABLE) if values else []
     if differing:
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(differing[:4])}{'; ...' if len(differing) > 4 else ''});"
             " take the old values, or begin another run.name (from this one's export with weights=...)"
         )
+
+
+def _with_defaults(values: dict[str, Any], config: ProgramConfig) -> dict[str, Any]:
+    """Recorded values with the keys that came with a later version: their defaults are what the earlier one did."""
+    try:
+        return build(type(config), values, where="config.yaml").model_dump(mode="json")
+    except ConfigError:  # a key that is gone, or has other values now: then the difference is shown
+        return values
 
 
 def starting_point(folder: Path, config: ProgramConfig, report: Report) -> tuple[Saved | None, Path]:

@@ -24,7 +24,7 @@ from vitssl.models.adapters.timm_vit import fuse_attention
 from vitssl.schedule import Clock
 from vitssl.sections import LaunchConfig, OptimConfig
 from vitssl.task import Batch, Task
-from vitssl.train.optim import build_optimizer
+from vitssl.train.optim import MOMENTS, build_optimizer
 from vitssl.views import purpose
 
 # Deprecated in torch 2.15 for a name that older versions lack; Accelerate passes it on.
@@ -125,7 +125,7 @@ class Engine:
                 part.compile_blocks()
         if not fuses_attention(self.device.type, self.precision):
             fuse_attention(task, False)
-        self.task = task.to(self.device)
+        self.task, self.moments = task.to(self.device), MOMENTS[config.name]
         optimizer = build_optimizer(task, config, lr=lr, device=self.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(task, optimizer)
         self.named_parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}

@@ -28,10 +28,13 @@ from vitssl.train.optim import set_lr
 
 @dataclass(frozen=True)
 class Event:
-    """Something done every ``every`` steps and after the last one: evaluation, a probe."""
+    """Something done every ``every`` steps and after the last one: evaluation, a probe.
+
+    Where ``act`` returns true (on every process) the run is saved and ends.
+    """
 
     every: int
-    act: Callable[[int], None]
+    act: Callable[[int], bool | None]
 
     def due(self, done: int, total: int) -> bool:
         """At each multiple of ``every`` and after the last step, but not twice where the two lie close together."""
@@ -90,7 +93,8 @@ def fit(
     consumed: Callable[[Batch], None],
     events: Sequence[Event] = (),
 ) -> int:
-    """Train from step ``start`` to ``total``; returns the step reached, less than ``total`` after Ctrl-C or SIGTERM.
+    """Train from step ``start`` to ``total``; returns the step reached, less than ``total`` after Ctrl-C or SIGTERM,
+    or where an event has ended the run.
 
     ``consumed`` is told of every micro-batch as it is trained on.
 
@@ -120,16 +124,16 @@ def fit(
                 window = Window(replaced=window.replaced)
             elif events_due or save_due:
                 _flush(window, done, report, {})
-            paused = time.perf_counter()
+            paused, ended = time.perf_counter(), False
             for event in events_due:
                 with _saved_if_alone(saving, done, last=done == total):
-                    event.act(done)
-            if save_due:
+                    ended = bool(event.act(done)) or ended
+            if save_due or ended:
                 saving.now(done)
             if events_due:
                 engine.wrapped.train()
             window.paused += time.perf_counter() - paused
-            if stopping and done < total:
+            if (stopping or ended) and done < total:
                 return done
     return total
 

@@ -1,6 +1,7 @@
 """Optimisation: parameter rules as data, each parameter covered by exactly one, and the optimiser built from them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from vitssl.errors import ConfigError
 from vitssl.sections import OptimConfig
 from vitssl.task import Rule, Task
+
+MOMENTS: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""What torch calls the tensors that an optimiser keeps for each parameter: the state that a checkpoint holds."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def covers(rule: Rule, name: str, parameter: nn.Parameter) -> bool:
     return bool(re.fullmatch(rule.pattern, name)) and rule.vectors in (None, vector)
 
 
-def build_optimizer(task: Task, config: OptimConfig, *, lr: float, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the task's rules, fused where the device has it.
+def build_optimizer(task: Task, config: OptimConfig, *, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or SGD with heavy-ball momentum over the task's rules, fused where the device has it.
 
     Each group carries ``lr_scale`` and ``rule``; the loop sets ``lr = schedule x lr_scale``.
     """
@@ -66,7 +70,10 @@ def build_optimizer(task: Task, config: OptimConfig, *, lr: float, device: torch
         }
         for group in group_parameters(task)
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=device.type in ("cuda", "cpu"))
+    fused = device.type in ("cuda", "cpu")
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -11,11 +11,12 @@ from vitssl import dist
 from vitssl.data.layout import choose_layouts, choose_workers, costs, whole_lanes
 from vitssl.data.order import Layout
 from vitssl.data.sources import Source
+from vitssl.models.twin import Twin
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
 from vitssl.task import Task
 from vitssl.train.launch import choose_device, choose_precision, fuses_attention
-from vitssl.train.optim import group_parameters
+from vitssl.train.optim import MOMENTS, group_parameters
 
 CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 USABLE = 0.8  # of the device's memory: the rest is the allocator's, the libraries' and the estimate's
@@ -63,7 +64,9 @@ def make_plan(config: ProgramConfig, task: Task, source: Source, *, layouts: Seq
     layouts = layouts or choose_layouts(source, config.data, loaders=dist.world() * max(1, chosen))
     layouts = dist.gather_lists([list(layouts)])[0]  # the first process's: machines may know different things of the data
     workers, readers = whole_lanes(source, config.data, lanes=[each.lanes for each in layouts], workers=chosen)
-    frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad)
+    averaged = sum(p.numel() for part in task.modules() if isinstance(part, Twin) for p in part.parameters())
+    frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad) - averaged
+    others = {name: size for name, size in {"frozen": frozen, "average": averaged}.items() if size}
     return Plan(
         steps=steps,
         epochs=steps * config.batch_size / samples,
@@ -84,7 +87,7 @@ def make_plan(config: ProgramConfig, task: Task, source: Source, *, layouts: Seq
         layouts=[list(each) for each in layouts],
         readers=readers,
         costs=costs(source, config.data, layouts, readers=readers),
-        parameters={group.rule.name: group.size for group in groups} | ({"frozen": frozen} if frozen else {}),
+        parameters={group.rule.name: group.size for group in groups} | others,
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
     )
 
@@ -96,6 +99,7 @@ def _state_memory(config: ProgramConfig, task: Task) -> dict[str, int]:
         frozen=sum(size for size, trains in sizes if not trains),
         engine=config.launch.engine,
         processes=dist.world(),
+        moments=len(MOMENTS[config.optim.name]),
     )
 
 

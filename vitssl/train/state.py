@@ -1,7 +1,7 @@
 """A task's and its optimiser's state as named fp32 tensors, gathered from and scattered to any engine.
 
 Names are the task's own, so a run saved under one engine continues under another. Under ZeRO-1 and ZeRO-2 parameters are
-replicated and AdamW's moments live in flat partitions; DeepSpeed's public per-parameter functions put them together.
+replicated and the optimiser's moments live in flat partitions; DeepSpeed's public per-parameter functions put them together.
 """
 
 from pathlib import Path
@@ -16,8 +16,6 @@ from vitssl.task import Task
 from vitssl.train.checkpoint import Saved
 from vitssl.train.launch import Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
     """Everything a continuation needs. Called by every process; the result is whole on each (and written by one).
@@ -29,11 +27,11 @@ def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, parameter in engine.named_parameters.items():
-            for moment in MOMENTS:
+            for moment in engine.moments:
                 moments[f"{moment}/{name}"] = safe_get_full_optimizer_state(parameter, moment)
     else:
         for name, parameter in engine.named_parameters.items():
-            for moment in MOMENTS:
+            for moment in engine.moments:
                 moments[f"{moment}/{name}"] = engine.optimizer.state[parameter][moment]
     facts = {**facts, "updates": _updates(engine)}
     if engine.accelerator.scaler is not None:
@@ -56,7 +54,7 @@ def load_task(task: Task, saved: Saved, *, where: Path) -> None:
 
 def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
     """Put saved moments and the update count into a prepared engine's optimiser."""
-    names = {f"{moment}/{name}" for name in engine.named_parameters for moment in MOMENTS}
+    names = {f"{moment}/{name}" for name in engine.named_parameters for moment in engine.moments}
     if names != set(saved.moments):
         odd = sorted(names ^ set(saved.moments))
         raise CheckpointError(f"{where}: moments do not fit the trained parameters ({len(odd)} differ: {', '.join(odd[:3])})")
@@ -65,36 +63,35 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for name, parameter in engine.named_parameters.items():
-            for moment in MOMENTS:
+            for moment in engine.moments:
                 safe_set_full_optimizer_state(parameter, saved.moments[f"{moment}/{name}"].to(engine.device), moment)
     else:
         for name, parameter in engine.named_parameters.items():
-            for moment in MOMENTS:
+            for moment in engine.moments:
                 engine.optimizer.state[parameter][moment].copy_(saved.moments[f"{moment}/{name}"])
     if engine.accelerator.scaler is not None and "scaler" in saved.facts:
         engine.accelerator.scaler.load_state_dict(saved.facts["scaler"])
 
 
 def create_optimizer(engine: Engine, *, updates: int = 0) -> None:
-    """AdamW's zero moments and update count, as its first step would have made them.
+    """Zero moments, and AdamW's update count, as the optimiser's first step would have made them.
 
     Done at once under every engine: DeepSpeed 0.19 links moments to parameters after the first group's first step, when the
     other groups have none yet, and would never find theirs.
     """
     optimizer = _torch_optimizer(engine)
+    counts = isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates), device=parameter.device),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
+            count = {"step": torch.tensor(float(updates), device=parameter.device)} if counts else {}
+            optimizer.state[parameter] = count | {moment: torch.zeros_like(parameter) for moment in engine.moments}
     if engine.kind == "deepspeed":
         engine.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _updates(engine: Engine) -> int:
-    """How often AdamW has moved the parameters: its bias correction counts these, and skipped fp16 steps are none."""
-    return int(next(iter(_torch_optimizer(engine).state.values()))["step"])
+    """How often AdamW has moved the parameters: its bias correction counts these, and skipped fp16 steps are none. SGD: 0."""
+    return int(next(iter(_torch_optimizer(engine).state.values())).get("step", 0))
 
 
 def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
