@@ -83,10 +83,16 @@ def table(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     for row in rows:
         shots = f" {row['setting']}" if row["protocol"] in ("fewshot", "knn") else ""
         cells[f"{row['protocol']}{shots}"][row["encoder"]].append(row)
-    lines = [("", "   ".join(f"{Path(each).name:>24}" for each in encoders))] if len(encoders) > 1 else []
+    lines = [("", "   ".join(f"{_short(each):>24}" for each in encoders))] if len(encoders) > 1 else []
     for name, found in cells.items():
         lines.append((name, "   ".join(f"{_in_words(found[each]):>24}" if found[each] else " " * 24 for each in encoders)))
     return lines
+
+
+def _short(encoder: str) -> str:
+    """What an encoder is called in a column: its last part, behind what stands before a colon."""
+    kind, colon, _ = encoder.partition(":")
+    return f"{kind if colon else ''}{colon}{Path(encoder).name.rpartition(':')[2]}"[-24:]
 
 
 def _in_words(rows: list[dict[str, Any]]) -> str:
