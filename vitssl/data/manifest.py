@@ -92,9 +92,10 @@ def index_shards(
     """
     shards = list(shards)
     folders: dict[str, list[int]] = defaultdict(list)
-    for number, shard in enumerate(shards):
-        folders[parted(shard)[0]].append(number)
-    names = np.array([os.fsencode(parted(shard)[1]) for shard in shards])
+    places = [parted(shard) for shard in shards]
+    for number, (folder, _) in enumerate(places):
+        folders[folder].append(number)
+    names = np.array([os.fsencode(name) for _, name in places])
     rows = np.zeros(len(shards), row_type(names.itemsize))
     rows["name"] = names
     _refuse_twice(shards, folders, names)

@@ -106,13 +106,14 @@ def _kind(path: str | list[str]) -> Kind:
         return "parquet" if is_shard(parted(path)[1], PARQUET) else "shards"
     if is_saved(path):
         return "hub"
-    files = [os.path.join(path, name) for name in os.listdir(path) if not name.startswith(".")]
-    held = next((form for form in (TAR, PARQUET) if any(is_shard(file, form) for file in files)), None)
+    with os.scandir(path) as entries:
+        files = [entry for entry in entries if not entry.name.startswith(".")]
+    held = next((form for form in (TAR, PARQUET) if any(is_shard(file.name, form) for file in files)), None)
     if held is None:
         return "folder"
     kind = "shards" if held is TAR else "parquet"
-    inside = itertools.chain.from_iterable(os.listdir(file) for file in files if os.path.isdir(file))
-    if any(name.rpartition(".")[2].lower() in PICTURES for name in itertools.chain(files, inside)):
+    inside = itertools.chain.from_iterable(os.listdir(file) for file in files if file.is_dir())
+    if any(name.rpartition(".")[2].lower() in PICTURES for name in itertools.chain((file.name for file in files), inside)):
         raise ConfigError(f"{path}: holds {held.several} and images; say which are meant with kind={kind} or kind=folder")
     return kind
 

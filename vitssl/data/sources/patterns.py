@@ -44,7 +44,7 @@ def find_shards(path: str | Sequence[str], access: Access = USUAL, *, form: Form
 
 def is_shard(name: str, form: Form = TAR) -> bool:
     """Whether a path or a file name is that of a shard."""
-    return name.lower().endswith(form.suffixes) and not os.path.basename(name).startswith(".")
+    return name.lower().endswith(form.suffixes) and not name.rpartition("/")[2].startswith(".")
 
 
 def is_saved(path: str) -> bool:
@@ -83,7 +83,8 @@ def shards_of_url(url: str, access: Access = USUAL, *, form: Form = TAR) -> list
 
 def _expand(pattern: str, access: Access, form: Form) -> list[str]:
     if not is_url(pattern) and os.path.isdir(pattern):
-        shards = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern)) if is_shard(name, form)]
+        before = os.path.join(pattern, "")
+        shards = [before + name for name in sorted(os.listdir(pattern)) if is_shard(name, form)]
         if not shards:
             raise DataError(f"{pattern}: this folder holds no {form.several} ({_holds(pattern, form)}); correct the path")
         return shards

@@ -5,7 +5,6 @@ What is wrong with a request raises DataError and will be so again. What the net
 small pickles and survive a fork.
 """
 
-import os
 import re
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -71,7 +70,8 @@ def globbed(path: str) -> bool:
 def parted(path: str) -> tuple[str, str]:
     """(folder, file name) of a local path or a url, whose query is part of neither."""
     if not is_url(path):
-        return os.path.dirname(path), os.path.basename(path)
+        folder, slash, name = path.rpartition("/")  # os.path takes four times as long, and there are a hundred thousand
+        return folder or slash, name
     plain = path.split("?", 1)[0].split("#", 1)[0]
     folder, _, name = plain.rpartition("/")
     return folder, name
