@@ -16,7 +16,6 @@ from vitssl.models.encoder import Encoder
 from vitssl.sections import EncoderConfig
 from vitssl.train import export
 from vitssl.train.export import (
-    NEEDED,
     encoder_facts,
     encoder_like,
     fill_encoder,
@@ -31,6 +30,15 @@ KINDS = {
     "sincos": {"positions": "sincos", "weights_init": "mae"},
     "registers": {"registers": 2, "pos_resample": "dino"},
     "no class token, oblong, grey": {"class_token": False, "image_size": [24, 16], "channels": 1},
+}
+FACTS = {
+    "architecture": "a",
+    "arguments": {},
+    "image_size": [8, 8],
+    "mean": [0.5],
+    "std": [0.5],
+    "pooling": "mean",
+    "encoder": {},
 }
 
 
@@ -83,11 +91,11 @@ def test_an_encoder_comes_back_as_it_was(changes: dict, named: str, tmp_path: Pa
 
 
 def test_weights_are_written_in_fp32_and_readable_like_the_rest(tmp_path: Path):
-    write_export(tmp_path, "encoder", {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(4, 4).T}, {})
-    write_export(tmp_path, "encoder", {"a": torch.zeros(3, dtype=torch.bfloat16)}, dict.fromkeys((*NEEDED, "encoder")))
+    write_export(tmp_path, "encoder", {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(4, 4).T}, FACTS)
+    write_export(tmp_path, "encoder", {"a": torch.zeros(3, dtype=torch.bfloat16)}, FACTS)
     state, _ = read_export(tmp_path)
     assert state["a"].dtype == torch.float32 and list(state) == ["a"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.json", "encoder.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "encoder.json", "encoder.safetensors"]
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
@@ -176,7 +184,19 @@ def test_the_newest_export(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"no encoder was exported below .*; run python -m pretrain first"):
         newest_export(tmp_path / "runs")
     for age, name in [(30, "a"), (10, "b"), (20, "c")]:
-        weights = write_export(tmp_path / "runs" / name / "export", "encoder", {"a": torch.ones(1)}, {})
+        weights = write_export(tmp_path / "runs" / name / "export", "encoder", {"a": torch.ones(1)}, FACTS)
         os.utime(weights, (1e9 - age, 1e9 - age))
-    write_export(tmp_path / "runs" / "d" / "export" / "last", "classifier", {"a": torch.ones(1)}, {})
+    write_export(tmp_path / "runs" / "d" / "export" / "last", "classifier", {"a": torch.ones(1)}, FACTS)
     assert newest_export(tmp_path / "runs") == tmp_path / "runs" / "b" / "export"
+
+
+def test_the_card_beside_an_export_quotes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tmp_path / "runs/x"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 77\n")
+    (run / "probes.jsonl").write_text('{"step": 1, "knn": 0.1}\n{"step": 3, "knn": 0.25}\n')
+    monkeypatch.chdir(tmp_path)
+    export_to(run / "export")
+    card = (run / "export/README.md").read_text()
+    for line in ("license: unknown", "seed: 77", "knn: 0.25", "method: mae", 'checkpoint_path="encoder.safetensors"'):
+        assert line in card

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitssl.card import write_card
 from vitssl.errors import CheckpointError
-from vitssl.interop.folder import new_folder, write_card
+from vitssl.interop.folder import new_folder
 from vitssl.interop.ours import Classifier, classifier_of, encoder_of, rule_of
 from vitssl.interop.parity import require_parity, trial_images
 from vitssl.models.encoder import Encoder, Pooling

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
-from vitssl.interop.folder import new_folder, write_card
+from vitssl.interop.folder import new_folder
 from vitssl.interop.official import Imported
 from vitssl.interop.ours import classifier_of, create, encoder_of, rule_of, tokens_of
 from vitssl.interop.parity import exactly, require_parity, trial_images

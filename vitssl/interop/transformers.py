@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
-from vitssl.interop.folder import new_folder, write_card
+from vitssl.interop.folder import new_folder
 from vitssl.interop.mae import Painter
 from vitssl.interop.names import BLOCK, BLOCK_DINOV2, Layout, foreign, merge_positions, own, split_positions
 from vitssl.interop.official import MEAN, STD, Imported, section_of

@@ -16,17 +16,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.models.encoder import Encoder
 from vitssl.sections import EncoderConfig
 
 NEEDED = ("architecture", "arguments", "image_size", "mean", "std", "pooling")  # and an encoder its section "encoder"
+_USAGE = """
+import json, timm
+
+facts = json.load(open("{name}.json"))
+model = timm.create_model(facts["architecture"], **facts["arguments"], checkpoint_path="{name}.safetensors")
+"""
 
 
 def write_export(folder: Path, name: str, state: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """Write ``name.safetensors`` and ``name.json`` into ``folder``, each replaced atomically; returns the weights' path.
+    """Write ``name.safetensors`` and ``name.json``, each replaced atomically, and a model card; returns the weights' path.
 
+    The card quotes the recipe and the numbers of the run that ``facts`` name, where its folder is at hand.
     Raises CheckpointError where they cannot be written; an earlier export is then still whole.
     """
     weights, words = folder / f"{name}.safetensors", folder / f"{name}.json"
@@ -38,6 +46,7 @@ def write_export(folder: Path, name: str, state: dict[str, Tensor], facts: dict[
         new_weights.chmod(new_words.stat().st_mode)  # safetensors lets nobody but the owner read
         os.replace(new_weights, weights)
         os.replace(new_words, words)
+        write_card(folder, facts, library="timm", usage=_USAGE.format(name=name), run=Path(facts.get("run", folder)))
     except (OSError, SafetensorError) as error:
         for unfinished in (new_weights, new_words):
             unfinished.unlink(missing_ok=True)
