@@ -30,6 +30,19 @@ class HeadConfig(Section):
     pooling: Literal["mean", "class"] | None = Field(None, description="of the tokens; null: what the export says")
     init: Literal["zero", "trunc_normal"] = Field("zero", description="zero: the first loss is ln C (ViT); trunc_normal: MAE's")
     std: float = Field(2e-5, gt=0, description="of trunc_normal")
+    hidden: Count | None = Field(None, description="width of a layer with tanh before the last (ViT from scratch); null: none")
+
+
+class TeacherConfig(Section):
+    """A classifier that is distilled (Touvron et al. 2021)."""
+
+    name: str = Field(description="a timm model, a folder with its config.json, or a fine-tuned run of ours")
+    weights: Path | None = Field(None, description="its file, for a timm model; null: those that timm fetches")
+    kind: Literal["hard", "soft"] = Field("hard", description="hard: its first choice is a label; soft: its probabilities are")
+    temperature: float = Field(1.0, gt=0, description="that divides both's logits, of kind=soft")
+    alpha: Fraction = Field(0.5, description="share of the teacher in the loss; the labels have the rest")
+    token: bool = Field(True, description="a distillation token with a head of its own; false: one head learns from both")
+    image_size: Size | None = Field(None, description="pixels it is shown; null: those that it was trained at")
 
 
 class AugmentConfig(Section):
@@ -73,8 +86,14 @@ class FinetuneConfig(ProgramConfig):
     shots: Count | None = Field(None, description="images to train on of each class, instead of labelled")
     optim: LayerwiseConfig = LayerwiseConfig()
     head: HeadConfig = HeadConfig()
+    teacher: TeacherConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     test: TestConfig = TestConfig()
+
+    @property
+    def has_token(self) -> bool:
+        """Whether the encoder has a distillation token."""
+        return self.teacher is not None and self.teacher.token
 
 
 def read(argv: Sequence[str]) -> tuple[FinetuneConfig | None, Command]:

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from finetune.config import FinetuneConfig
 from finetune.labels import choose_labelled
+from finetune.teacher import open_teacher, tell_teacher
 from finetune.watch import Evaluation, tested_size
 from vitssl import dist
 from vitssl.command import Command
@@ -15,8 +18,11 @@ from vitssl.data.feed import open_configured
 from vitssl.data.sources import Source, label_like
 from vitssl.data.transforms import check_channels
 from vitssl.errors import ConfigError, DataError
-from vitssl.models.heads import ClassificationHead
+from vitssl.models.encoder import Encoder
+from vitssl.models.heads import head_like
+from vitssl.models.teacher import Teacher
 from vitssl.objectives.classify import Classify
+from vitssl.objectives.distilled import Distilled
 from vitssl.report import Report
 from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_facts
 from vitssl.train.folder import begun_with, run_folder
@@ -36,24 +42,27 @@ def run(config: FinetuneConfig, command: Command) -> int:
     source = open_training(config, report)
     classes = source.classes or tuple(map(str, range(int(source.label_array().max()) + 1)))
 
+    teacher = open_teacher(config, classes)
+
     def build() -> Classify:
-        return build_task(config, len(classes))
+        return build_task(config, len(classes), teacher)
 
     def open_data(report: Report) -> Source:
         return source
 
     def fill(task: Classify) -> None:
         if config.weights == "pretrained":
-            fill_encoder(task.encoder, Path(config.encoder))
+            fill_encoder(task.encoder, Path(config.encoder), new_register=config.has_token)
         if task.twin is not None:
             task.twin.restart()
 
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
         return 0
-    tested_size(
-        config.test.image_size, outline(build).encoder.spec
-    )  # a size that cannot be is refused before anything is written
+    spec = outline(build).encoder.spec
+    tested_size(config.test.image_size, spec)  # a size that cannot be is refused before anything is written
+    if teacher is not None:
+        tell_teacher(config, teacher, spec, report)
     images = label_like(open_configured(config.test, key="test"), source)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
@@ -61,7 +70,6 @@ def run(config: FinetuneConfig, command: Command) -> int:
             report.say(f"it began from {config.encoder}; {newer} is newer: take another run.name for that")
         return 0
     test = Evaluation(session, images, classes=classes)
-    spec = session.engine.task.encoder.spec
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
     policy = config.augment.rand_augment
     augment = rand_augment(policy, mean=config.data.mean, size=min(spec.image_size)) if policy else None
@@ -108,23 +116,25 @@ def tell_short_average(config: FinetuneConfig, steps: int, report: Report) -> No
         )
 
 
-def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
-    """An encoder like the exported one, with a fresh head."""
-    changes: dict[str, Any] = {"drop_path": config.drop_path}
-    if config.image_size is not None:
-        changes["image_size"] = config.image_size
-    encoder, facts = encoder_like(Path(config.encoder), **changes)
+def build_task(config: FinetuneConfig, num_classes: int, teacher: Teacher | None = None) -> Classify:
+    """An encoder like the exported one, with a fresh head, and where the config distils, its ``teacher``."""
+    encoder, facts = like_the_export(config)
     pooling = config.head.pooling or facts["pooling"]
     norm = encoder.drop_norm() if pooling == "mean" and config.mode != "linear" else False
-    head = ClassificationHead(
-        encoder.spec.dim, num_classes, pooling=pooling, norm=norm, init=config.head.init, std=config.head.std
-    )
+    begin = {"init": config.head.init, "std": config.head.std}
+    said = {"hidden": config.head.hidden, "distilled": config.has_token}
+    head = head_like(said, encoder.spec.dim, num_classes, pooling=pooling, norm=norm, **begin)
     encoder.spec.refuse_pooling(pooling)
     check_channels(encoder.spec.channels, arrays=config.data.arrays)
     augment = config.augment
     if augment.rand_augment and encoder.spec.channels not in (1, 3):
         raise ConfigError(f"augment.rand_augment: is for 1 or 3 channels, not {encoder.spec.channels}; set it to null")
-    return Classify(
+    distils, kind = config.teacher, Classify
+    own: dict[str, Any] = {}
+    if distils is not None:
+        kind = Distilled
+        own = {"teacher": teacher, **{key: getattr(distils, key) for key in ("kind", "temperature", "alpha")}}
+    return kind(
         encoder,
         head,
         mean=config.data.mean,
@@ -136,4 +146,20 @@ def build_task(config: FinetuneConfig, num_classes: int) -> Classify:
         blocks=config.blocks,
         layer_decay=config.optim.layer_decay or 1.0,
         ema=config.ema,
+        **own,
     )
+
+
+def like_the_export(config: FinetuneConfig) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder that is trained, with fresh weights, and the export's facts. A distillation token is one register more, the
+    last, which begins as DeiT's does: N(0, 0.02)."""
+    path, changes = Path(config.encoder), {"drop_path": config.drop_path}
+    if config.image_size is not None:
+        changes["image_size"] = config.image_size
+    if not config.has_token:
+        return encoder_like(path, **changes)
+    with torch.device("meta"):
+        spec = encoder_like(path)[0].spec
+    encoder, facts = encoder_like(path, **changes, registers=spec.prefix - spec.class_token + 1)
+    nn.init.trunc_normal_(encoder.vit.reg_token.data[:, -1], std=0.02)
+    return encoder, facts

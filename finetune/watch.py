@@ -77,7 +77,7 @@ class Evaluation:
             ("test", f"{in_words(last)} of {len(self.samples):,} images {which}"),
             ("interval", f"{last['top1_low']:.2%} to {last['top1_high']:.2%} (95 %, over the drawing of the test images)"),
             ("best", f"{best['top1']:.2%} at step {best['step']:,} (chosen on the same images)"),
-            ("classifier", f"{session.folder / 'export' / 'last' / 'classifier.safetensors'}, a plain timm state"),
+            ("classifier", f"{session.folder / 'export' / 'last' / 'classifier.safetensors'}, {_whose(session)}"),
         ]
         results = session.folder / "results"
         if (results / "results.json").exists():
@@ -117,7 +117,7 @@ class Evaluation:
             "run": str(session.folder),
             "step": step,
             "top1": result["top1"],
-        }
+        } | ({"head": head.beyond_timm} if head.beyond_timm else {})
         write_export(session.folder / "export" / which, "classifier", encoder.state() | head.state(), facts)
 
     def _write_results(self, found: Predictions, step: int) -> None:
@@ -172,6 +172,11 @@ def tested_size(asked: int | tuple[int, int] | None, spec: EncoderSpec) -> tuple
         patch = "x".join(map(str, spec.patch))
         raise ConfigError(f"test.image_size={asked} is not divisible by patches of {patch}; the nearest is {fits}")
     return size
+
+
+def _whose(session: Session) -> str:
+    """Who reads the classifier."""
+    return "read by finetune.predict and ONNX" if session.engine.task.head.beyond_timm else "a plain timm state"
 
 
 def in_words(result: dict[str, float]) -> str:

@@ -68,6 +68,7 @@ FINETUNE = {  # steps, absolute rate, warm-up in steps, and the rate's share of 
     "vit_b16": (20_000, 0.03, 500, 1.0),
     "moco_v3_vit_b16": (187_671, 1e-3, 6256, 1.0),
     "ibot_vit_b16": (125_114, 4e-3, 25_023, 0.65**13),
+    "deit_vit_b16": (375_342, 1e-3, 6256, 1.0),
 }
 SIZES = {"b16": "vit_base_patch16_224", "l16": "vit_large_patch16_224", "h14": "vit_huge_patch14_224"}
 
@@ -82,7 +83,8 @@ def test_a_fine_tuning_preset_comes_to_its_published_numbers(path: Path, tmp_pat
     (tmp_path / "encoder.safetensors").touch()
     statistics = ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]"]
     config = load(FinetuneConfig, path, [f"encoder={tmp_path}", *statistics, "micro_batch=1", "launch.device=cpu"])
-    task = outline(lambda: build_task(config, 1000))
+    teacher = SimpleNamespace(parameters=list) if config.teacher else None
+    task = outline(lambda: build_task(config, 1000, teacher))
     plan = make_plan(config, task, SimpleNamespace(num_samples=IMAGENET, ignored=0, by_chunk=False))
     groups = {group.rule.name: group for group in group_parameters(task)}
     assert plan.memory["optimiser"] == 4 * len(MOMENTS[config.optim.name]) * sum(group.size for group in groups.values())
@@ -97,7 +99,7 @@ def test_every_fine_tuning_preset_for_imagenet_has_its_numbers():
     assert {path.stem for path in PRESETS if path.parent.name == "finetune"} - {"demo", "cifar10"} == set(FINETUNE)
 
 
-@pytest.mark.parametrize("stem", ["vit_b16", "moco_v3_vit_b16", "ibot_vit_b16", "mae_vit_l16", "mae_vit_h14"])
+@pytest.mark.parametrize("stem", ["vit_b16", "moco_v3_vit_b16", "ibot_vit_b16", "deit_vit_b16", "mae_vit_l16", "mae_vit_h14"])
 def test_each_number_of_a_recipe_carries_its_source(stem: str):
     """A line with a number says where it is from, but for what is ours: evaluation and lines on the console."""
     for line in (CONFIGS / "finetune" / f"{stem}.yaml").read_text().splitlines():

@@ -104,6 +104,10 @@ class Task(nn.Module):
         """The transformer stacks one sample passes through, for the plan's estimate of memory."""
         raise NotImplementedError
 
+    def companions(self) -> list[nn.Module]:
+        """Networks that it uses and neither trains nor saves, such as a teacher from elsewhere; the plan counts them."""
+        return []
+
     def param_rules(self) -> list[Rule]:
         """Which rule optimises which parameter; by default all of them under the usual pair."""
         return decay_rules()

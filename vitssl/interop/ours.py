@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from vitssl.config import build
+from vitssl.errors import CheckpointError
 from vitssl.models.adapters.timm_vit import OWN_KEYS
 from vitssl.models.encoder import Encoder
-from vitssl.models.heads import ClassificationHead
+from vitssl.models.heads import ClassificationHead, head_like
 from vitssl.models.state import require_fit
 from vitssl.sections import EncoderConfig
 
@@ -40,11 +41,19 @@ def classifier_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Clas
     values = own | {"name": facts["architecture"], "image_size": facts["image_size"], "arguments": further}
     encoder = create(build(EncoderConfig, values | {"pos_resample": rule_of(facts)}, where="classifier.json"))
     norm = encoder.drop_norm() if arguments.get("fc_norm") else False
-    head = ClassificationHead(encoder.spec.dim, arguments["num_classes"], pooling=facts["pooling"], norm=norm)
+    settings = {"pooling": facts["pooling"], "norm": norm}
+    head = head_like(facts.get("head", {}), encoder.spec.dim, arguments["num_classes"], **settings)
     require_fit(state, encoder.state() | head.state(), model=facts["architecture"])
     head.load_state_dict({name: state[name] for name in head.state()})
     encoder.load_state({name: state[name] for name in encoder.state()})
     return Classifier(encoder, head).eval()
+
+
+def require_plain_head(facts: Mapping[str, Any], library: str) -> None:
+    """Raise CheckpointError for a classifier with a head that the other library's ViT has no place for."""
+    if said := facts.get("head"):
+        kind = "two heads and a distillation token" if said.get("distilled") else f"a hidden layer of {said['hidden']}"
+        raise CheckpointError(f"this classifier has {kind}, and {library}'s ViT has no place for that; export --to onnx")
 
 
 def create(section: EncoderConfig) -> Encoder:

@@ -19,7 +19,7 @@ from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.interop.folder import new_folder
 from vitssl.interop.official import Imported
-from vitssl.interop.ours import classifier_of, create, encoder_of, rule_of, tokens_of
+from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
 from vitssl.interop.parity import exactly, require_parity, trial_images
 from vitssl.models.adapters.timm_vit import OWN_KEYS
 from vitssl.models.state import require_fit
@@ -78,6 +78,7 @@ def export_timm(
     An encoder pools as its export says. ``images``: real ones [N, C, H, W] to compare on too, normalised. Returns the
     difference reached. Raises CheckpointError; ``folder`` is then not there.
     """
+    require_plain_head(facts, "timm")
     classifier = "classes" in facts
     pooling = {} if classifier else {"global_pool": {"mean": "avg", "class": "token"}[facts["pooling"]]}
     facts = {**facts, "arguments": facts["arguments"] | pooling}

@@ -21,7 +21,7 @@ from vitssl.interop.folder import new_folder
 from vitssl.interop.mae import Painter
 from vitssl.interop.names import BLOCK, BLOCK_DINOV2, Layout, foreign, merge_positions, own, split_positions
 from vitssl.interop.official import MEAN, STD, Imported, section_of
-from vitssl.interop.ours import classifier_of, create, encoder_of, rule_of, tokens_of
+from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
 from vitssl.interop.parity import difference, exactly, require_parity, trial_images
 from vitssl.interop.settings import epsilon_of, family_of, processor_of, settings_of, with_scale
 from vitssl.models.state import require_fit
@@ -123,6 +123,7 @@ def export_transformers(
 
     Returns the difference reached. Raises CheckpointError where transformers has no such network; ``folder`` is then not there.
     """
+    require_plain_head(facts, "transformers")
     classifier = "classes" in facts
     ours = classifier_of(state, facts) if classifier else encoder_of(state, facts)
     if classifier and (facts["pooling"] != "class" or "fc_norm.weight" in state):

@@ -88,10 +88,7 @@ class Classify(Task):
         if not self.training:
             return self._evaluate(images, batch.labels)
         images, targets = self._augment(images, batch.labels, clock)
-        logits = self._logits(images)
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
-        hard = {"top1": _hits(logits, batch.labels, 1).mean()} if targets.ndim == 1 else {}
-        return loss, hard
+        return self._learn(images, targets, batch.labels)
 
     def stacks(self) -> list[Stack]:
         spec = self.encoder.spec
@@ -134,6 +131,14 @@ class Classify(Task):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.blocks > 0):
             tokens = self.encoder(images)
         return self.head(tokens)
+
+    def _learn(self, images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._on_labels(self._logits(images), targets, labels)
+
+    def _on_labels(self, logits: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss on labels, or on what a mixer made of them, and {"top1"} where they are hard."""
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        return loss, {"top1": _hits(logits, labels, 1).mean()} if targets.ndim == 1 else {}
 
     def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self._logits(images).float()

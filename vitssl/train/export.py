@@ -20,6 +20,7 @@ from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.models.encoder import Encoder
+from vitssl.models.state import with_register
 from vitssl.sections import EncoderConfig
 
 NEEDED = ("architecture", "arguments", "image_size", "mean", "std", "pooling")  # and an encoder its section "encoder"
@@ -127,12 +128,15 @@ def encoder_like(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
     return encoder, facts
 
 
-def fill_encoder(encoder: Encoder, path: Path) -> None:
+def fill_encoder(encoder: Encoder, path: Path, *, new_register: bool = False) -> None:
     """Put an export's weights into an encoder of the same architecture, strictly; positions are resampled to its grid.
 
-    A final norm that the encoder has dropped is left out. Raises CheckpointError with a table of keys.
+    A final norm that the encoder has dropped is left out. With ``new_register`` the encoder has one more than the export, its
+    last, which keeps its initial value. Raises CheckpointError with a table of keys.
     """
     state, facts = read_export(path)
+    if new_register:
+        state = with_register(state, encoder.state(), pos_prefix=encoder.vit.pos_prefix)
     if not any(name.startswith("norm.") for name in encoder.state()):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     rows, columns = (side // patch for side, patch in zip(facts["image_size"], encoder.spec.patch, strict=True))

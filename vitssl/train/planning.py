@@ -66,7 +66,8 @@ def make_plan(config: ProgramConfig, task: Task, source: Source, *, layouts: Seq
     workers, readers = whole_lanes(source, config.data, lanes=[each.lanes for each in layouts], workers=chosen)
     averaged = sum(p.numel() for part in task.modules() if isinstance(part, Twin) for p in part.parameters())
     frozen = sum(p.numel() for p in task.parameters() if not p.requires_grad) - averaged
-    others = {name: size for name, size in {"frozen": frozen, "average": averaged}.items() if size}
+    others = {"frozen": frozen, "average": averaged, "teacher": _companions(task)}
+    others = {name: size for name, size in others.items() if size}
     return Plan(
         steps=steps,
         epochs=steps * config.batch_size / samples,
@@ -96,11 +97,16 @@ def _state_memory(config: ProgramConfig, task: Task) -> dict[str, int]:
     sizes = [(p.numel(), p.requires_grad) for p in task.parameters()]
     return training_memory(
         trainable=sum(size for size, trains in sizes if trains),
-        frozen=sum(size for size, trains in sizes if not trains),
+        frozen=sum(size for size, trains in sizes if not trains) + _companions(task),
         engine=config.launch.engine,
         processes=dist.world(),
         moments=len(MOMENTS[config.optim.name]),
     )
+
+
+def _companions(task: Task) -> int:
+    """Parameters of networks that are used and neither trained nor saved."""
+    return sum(p.numel() for network in task.companions() for p in network.parameters())
 
 
 def _device_memory(device: str) -> float:
