@@ -26,6 +26,10 @@ def _labelled(value: Any) -> int | str | None:
     return value
 
 
+def _power(value: Any) -> Any:
+    return float(value) if isinstance(value, bool) else value
+
+
 class HeadConfig(Section):
     pooling: Literal["mean", "class"] | None = Field(None, description="of the tokens; null: what the export says")
     init: Literal["zero", "trunc_normal"] = Field("zero", description="zero: the first loss is ln C (ViT); trunc_normal: MAE's")
@@ -84,6 +88,9 @@ class FinetuneConfig(ProgramConfig):
         None, description="images to train on, seeded: a class-balanced number (1000) or a share of each class (1%); null: all"
     )
     shots: Count | None = Field(None, description="images to train on of each class, instead of labelled")
+    balance: Annotated[Fraction, BeforeValidator(_power)] = Field(
+        0.0, description="classes are drawn by (their images)^(1 - this); true or 1: equally; 0.5: by the root; 0: as they are"
+    )
     optim: LayerwiseConfig = LayerwiseConfig()
     head: HeadConfig = HeadConfig()
     teacher: TeacherConfig | None = None

@@ -1,10 +1,10 @@
-"""Few labels: which images a run trains on. Seeded, stratified, nested: of one seed the fewer are among the more."""
+"""Which images a run trains on, and how often: few labels are seeded, stratified and nested, classes balanced by a power."""
 
 import numpy as np
 import torch
 
 from vitssl import draws
-from vitssl.data.sources import Joined, Source, Subset, take_labelled
+from vitssl.data.sources import Balanced, Joined, Source, Subset, take_labelled
 from vitssl.errors import ConfigError, DataError
 from vitssl.views import purpose
 
@@ -33,6 +33,24 @@ def choose_labelled(source: Source, *, labelled: int | str | None, shots: int | 
         return take_labelled(source, num=shots * len(counts), seed=seed)
     _refuse_small(source, counts, 1, f"labelled={labelled} is a share of each; add images, or take the class out")
     return take_share(source, share=float(labelled.rstrip("%")) / 100, seed=seed)
+
+
+def balance(source: Source, power: float, *, cached: bool) -> Source:
+    """``source``, or where ``power`` is not 0, the same with its classes drawn by it (:class:`Balanced`).
+
+    Raises ConfigError for a mixture, and for remote shards without a cache, DataError for a class without an image.
+    """
+    if not power:
+        return source
+    if isinstance(source, Joined):
+        raise ConfigError("balance and data.sources exclude each other: a mixture is drawn by the weights of its sources")
+    if source.by_chunk and not cached:
+        raise ConfigError(
+            f"balance={power:g}: images are drawn one by one, and of {source.name} each costs a whole chunk; name data.cache, a"
+            " folder on a local disk that keeps them"
+        )
+    _refuse_small(source, _class_counts(source), 1, f"balance={power:g} shows every class; add images, or take the class out")
+    return Balanced(source, power)
 
 
 def take_share(source: Source, *, share: float, seed: int) -> Subset:

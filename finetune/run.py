@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from finetune.config import FinetuneConfig
-from finetune.labels import choose_labelled
+from finetune.labels import balance, choose_labelled
 from finetune.teacher import open_teacher, tell_teacher
 from finetune.watch import Evaluation, tested_size
 from vitssl import dist
@@ -103,7 +103,8 @@ def open_training(config: FinetuneConfig, report: Report) -> Source:
     different, largest = len(np.unique(labels)), int(labels.max())
     if source.classes is None and largest >= max(1000, 10 * different):
         raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
-    return choose_labelled(source, labelled=config.labelled, shots=config.shots, seed=config.seed)
+    source = choose_labelled(source, labelled=config.labelled, shots=config.shots, seed=config.seed)
+    return balance(source, config.balance, cached=config.data.cache is not None)
 
 
 def tell_short_average(config: FinetuneConfig, steps: int, report: Report) -> None:

@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_finetune import logits as timm_logits
 
+from vitssl.data import ledger
+
 KEPT = ("checkpoint.keep_last=9",)
 SGD = ("optim.name=sgd", "optim.base_lr=0.03", "optim.weight_decay=0", "optim.clip=1.0", "optim.layer_decay=null")
 
@@ -212,3 +214,18 @@ def test_results_are_left(finetune: Callable, tmp_path: Path) -> None:
     tags = EventAccumulator(str(events)).Reload().Tags()
     assert {"test/top1", "test/ece", "test/top1_low"} <= set(tags["scalars"])
     assert {"test/confusion", "test/mistakes"} <= set(tags["images"])
+
+
+def test_balanced_classes_reach_the_run_and_go_on_where_it_stopped(
+    finetune: Callable, write_shard: Callable, tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "train-0.tar", range(40), label=lambda number: min(3, number // 10) if number % 10 < 2 else 3)
+    settings = (f"data.path={tmp_path}", "data.ledger=true", "test.every=100%", *KEPT)
+    whole = finetune(tmp_path / "whole", "balance=true", *settings).ok()
+    numbers = [int(key[-4:]) for _, key in ledger.read(whole.folder / "ledger")]
+    classes = [min(3, number // 10) if number % 10 < 2 else 3 for number in numbers]
+    assert len(numbers) == 96 and max(np.bincount(classes)) - min(np.bincount(classes)) <= 3
+    cut_back(whole.folder, tmp_path / "run", 12)
+    run = finetune(tmp_path / "run", "balance=1", *settings).ok()
+    assert "from step 6" in run.out and run.losses() == whole.losses()
+    assert finetune(tmp_path / "plain", *settings).ok().losses() != whole.losses()

@@ -14,7 +14,7 @@ from vitssl.data.order import Layout, Order
 from vitssl.data.quarantine import Decided, read_quarantine
 from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.samples import Samples
-from vitssl.data.sources import Joined, ShardSource, Source, Subset, open_source
+from vitssl.data.sources import Balanced, Joined, ShardSource, Source, Subset, open_source
 from vitssl.data.stores import Access, without_secrets
 from vitssl.data.transforms import Augment
 from vitssl.errors import ConfigError, DataError, UserError
@@ -95,6 +95,7 @@ def training_samples(
             part.recut(layout.chunk)
         orders.append(Order(part.chunks, seed=own, lanes=layout.lanes, window=layout.window))
     order = MixedOrder(orders, source.weights, seed=seed) if isinstance(source, Joined) else orders[0]
+    order = source.order(seed) if isinstance(source, Balanced) else order
     if config.repeats > 1:
         order = RepeatedOrder(order, repeats=config.repeats, stride=_stride(config, batch_size or BATCH))
     options = {"seed": seed, "channels": channels, "labels": labels, "augment": augment}

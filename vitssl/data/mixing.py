@@ -20,6 +20,8 @@ from vitssl.views import purpose
 
 BLOCK = 100
 _PERIOD = 1024  # blocks after which the counts repeat
+FINEST = BLOCK * _PERIOD
+"""A source with a smaller share than one in so many samples has no position."""
 _PLACES = purpose("places of a mixture")
 
 
@@ -42,13 +44,15 @@ class MixedOrder:
         self._borders = np.cumsum(shares / shares.sum())
         blocks = np.repeat(np.arange(_PERIOD), BLOCK)
         drawn = self._sources(blocks, np.tile(np.arange(BLOCK), _PERIOD)).reshape(_PERIOD, BLOCK)
-        counts = np.stack([(drawn == source).sum(axis=1) for source in range(len(orders))], axis=1)  # [period, sources]
-        self._before = np.concatenate([np.zeros((1, len(orders)), dtype=np.int64), np.cumsum(counts, axis=0)])
+        cells = np.arange(_PERIOD)[:, None] * len(orders) + drawn
+        counts = np.bincount(cells.ravel(), minlength=_PERIOD * len(orders)).reshape(_PERIOD, -1)  # [period, sources]
+        self._before = np.zeros((_PERIOD + 1, len(orders)), dtype=np.int32)  # of a thousand sources it is small enough
+        np.cumsum(counts, axis=0, out=self._before[1:])
         if not self._before[-1].all():
             least = int(np.argmin(self._before[-1]))
             raise ConfigError(
                 f"data.sources.{least}: a weight of {weights[least]:g} among {sum(weights):g} is less than one of"
-                f" {_PERIOD * BLOCK:,} samples; raise it or take the source out"
+                f" {FINEST:,} samples; raise it or take the source out"
             )
 
     def locate(self, positions: ArrayLike) -> NDArray[np.int64]:
@@ -60,20 +64,20 @@ class MixedOrder:
         slots = np.argsort(keys, axis=1, kind="stable")  # [blocks, places]: which point of the block stands at a place
         sources = self._sources(np.repeat(wanted, BLOCK), slots.ravel()).reshape(-1, BLOCK)
         full, rest = np.divmod(wanted, _PERIOD)
-        ids = np.empty_like(blocks)
-        for source, order in enumerate(self.orders):
-            before = full * self._before[-1, source] + self._before[rest, source]  # its samples in all earlier blocks
+        ids, asked = np.empty_like(blocks), sources[row, places]
+        for source in np.unique(asked).tolist():
+            before = full * int(self._before[-1, source]) + self._before[rest, source]  # its samples in all earlier blocks
             earlier = np.cumsum(sources == source, axis=1) - 1  # and before each place of its own in this one
-            chosen = sources[row, places] == source
-            if chosen.any():
-                own = before[row[chosen]] + earlier[row[chosen], places[chosen]]
-                ids[chosen] = self._firsts[source] + order.locate(own)
+            chosen = asked == source
+            own = before[row[chosen]] + earlier[row[chosen], places[chosen]]
+            ids[chosen] = self._firsts[source] + self.orders[source].locate(own)
         return ids
 
     def counts(self, stop: int) -> NDArray[np.int64]:
         """[sources] how many of the positions below ``stop`` (a multiple of 100) each source fills."""
         full, rest = divmod(stop // BLOCK, _PERIOD)
-        return full * self._before[-1] + self._before[rest]
+        before = self._before.astype(np.int64)
+        return full * before[-1] + before[rest]
 
     def _sources(self, blocks: NDArray, slots: NDArray) -> NDArray:
         """[n] blocks and [n] points in them -> [n] sources."""

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order
+from vitssl.data.sources.balanced import BalancedOrder
 
 
 class RepeatedOrder:
@@ -17,7 +18,7 @@ class RepeatedOrder:
 
     shuffle = True
 
-    def __init__(self, order: Order | MixedOrder, *, repeats: int, stride: int) -> None:
+    def __init__(self, order: Order | MixedOrder | BalancedOrder, *, repeats: int, stride: int) -> None:
         self.order, self.repeats, self.stride = order, repeats, stride
         self.num_samples, self.lanes, self.reach = order.num_samples, order.lanes, order.reach * repeats
 

@@ -15,6 +15,7 @@ from vitssl.data.mixing import MixedOrder
 from vitssl.data.order import Order
 from vitssl.data.quarantine import Decided, Quarantine
 from vitssl.data.repeats import RepeatedOrder
+from vitssl.data.sources.balanced import BalancedOrder
 from vitssl.data.sources.base import Ahead, Raw, Source
 from vitssl.errors import DataError
 from vitssl.task import Bad, Batch
@@ -46,7 +47,7 @@ class Samples(Dataset):
     def __init__(
         self,
         source: Source,
-        order: Order | MixedOrder | RepeatedOrder,
+        order: Order | MixedOrder | BalancedOrder | RepeatedOrder,
         views: Iterable[View],
         *,
         seed: int,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitssl.data import demo
+from vitssl.data.sources.balanced import Balanced
 from vitssl.data.sources.base import Raw, Source, same_samples
 from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.joined import Joined
@@ -23,6 +24,7 @@ from vitssl.data.tarscan import PICTURES
 from vitssl.errors import ConfigError, DataError
 
 __all__ = [
+    "Balanced",
     "FolderSource",
     "Joined",
     "ListSource",
