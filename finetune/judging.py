@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
+from finetune.encoders import open_encoder
 from finetune.evaluate import EvaluateConfig
 from vitssl import dist
 from vitssl.data.feed import open_configured
 from vitssl.data.layout import choose_workers
 from vitssl.data.sources import Source, label_like
-from vitssl.errors import ConfigError, DataError
-from vitssl.interop.source import import_weights
+from vitssl.errors import DataError
 from vitssl.models.encoder import Encoder
 from vitssl.probes.protocols import Split, judge, needed, wilson
 from vitssl.report import Report
-from vitssl.train.export import encoder_like, load_encoder, newest_export
+from vitssl.train.export import newest_export
 from vitssl.train.frozen import Extraction, frozen_features
 from vitssl.views import View
 
@@ -34,7 +34,8 @@ def evaluate(config: EvaluateConfig, report: Report) -> list[dict[str, Any]]:
             raise DataError(f"{source.name}: needs a label for every image here (.cls members, or class folders)")
     encoders = [config.encoder] if isinstance(config.encoder, str) else config.encoder
     encoders = [str(newest_export(Path("runs"))) if name == "newest" else name for name in encoders]
-    loaded = [_load(name, config) for name in encoders]  # what is missing is told before hours pass
+    # what is missing is told before hours pass
+    loaded = [open_encoder(name, image_size=config.image_size)[:2] for name in encoders]
     rows = []
     for name, (encoder, facts) in zip(encoders, loaded, strict=True):
         pooling = config.pooling or facts["pooling"]
@@ -47,20 +48,6 @@ def evaluate(config: EvaluateConfig, report: Report) -> list[dict[str, Any]]:
                 interval = wilson(found.value, len(parts[1].labels)) if scale else None
                 rows.append({"encoder": name, **found._asdict(), "interval": interval, "pooling": pooling})
     return rows
-
-
-def _load(name: str, config: EvaluateConfig) -> tuple[Encoder, dict[str, Any]]:
-    """An export, or behind ``random:`` the same network with new weights, which any training has to beat."""
-    changes = {} if config.image_size is None else {"image_size": config.image_size}
-    if name.partition(":")[0] in ("timm", "hf") or Path(name).suffix in (".pth", ".pt", ".tar", ".bin"):
-        if changes:
-            raise ConfigError(f"image_size: is for exports; make one of {name} with  vitssl import  first")
-        found = import_weights(name)
-        return found.encoder, found.facts
-    if not name.startswith("random:"):
-        return load_encoder(Path(name), **changes)
-    torch.manual_seed(0)
-    return encoder_like(Path(name.removeprefix("random:")), **changes)
 
 
 def _split(

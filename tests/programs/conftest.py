@@ -109,7 +109,10 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def start(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """``start(program, folder, *argv)``: begin a run whose folder is ``folder``, in ``processes`` processes, and return."""
+    """``start(program, folder, *argv)``: begin a run whose folder is ``folder``, in ``processes`` processes, and return.
+
+    A program with a dot in its name (``finetune.embed``) keeps no run, and is told where to write by ``argv``.
+    """
     logs, cache = tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("cache")
 
     def begin(program: str, folder: Path, *argv: str, processes: int = 1, env: dict | None = None, trap: str | None = None):
@@ -120,9 +123,10 @@ def start(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         for rank, (out, err) in enumerate(files):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             launcher = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+            named = [] if "." in program else [f"run.dir={folder.parent}", f"run.name={folder.name}"]
             job = {
                 "program": program,
-                "argv": last_of_each([*argv, f"run.dir={folder.parent}", f"run.name={folder.name}"]),
+                "argv": last_of_each([*argv, *named]),
                 "env": {"VITSSL_CACHE": str(cache)} | {key: str(value) for key, value in launcher.items()} | (env or {}),
                 "cwd": str(ROOT),
                 "out": str(out),

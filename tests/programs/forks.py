@@ -14,7 +14,14 @@ import traceback
 
 
 def serve() -> None:
-    for module in ("pretrain.run", "finetune.run", "torchvision.transforms", "timm.data"):
+    for module in (
+        "pretrain.run",
+        "finetune.run",
+        "finetune.judging",
+        "finetune.embedding",
+        "torchvision.transforms",
+        "timm.data",
+    ):
         importlib.import_module(module)
     reply({"ready": True})
     for line in sys.stdin:
@@ -47,7 +54,8 @@ def start(program: str, argv: list[str], env: dict[str, str], cwd: str, out: str
         from vitssl import report
 
         report.PATIENCE = 0.0
-        code = report.program(importlib.import_module(f"{program}.__main__").main, argv)
+        module = program if "." in program else f"{program}.__main__"
+        code = report.program(importlib.import_module(module).main, argv)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,10 +1,7 @@
 """``python -m finetune.evaluate``: frozen encoders, features kept in files, protocols over them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +20,9 @@ from vitssl.probes.knn import knn_accuracy
 from vitssl.sections import DataConfig
 from vitssl.train import frozen
 from vitssl.train.export import load_encoder
-from vitssl.train.frozen import KINDS, Extraction, frozen_features
+from vitssl.train.frozen import Extraction, frozen_features
+from vitssl.train.layers import KINDS, Feature
 from vitssl.views import View
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -73,7 +69,7 @@ def test_features_are_the_encoders(exported, data: Path, tmp_path: Path) -> None
         with torch.no_grad():
             tokens = encoder(images.float(), last_blocks=min(4, encoder.spec.depth))
             for kind in kinds:
-                expected = KINDS[kind](encoder, tokens)[0].numpy()
+                expected = Feature(kind).of(encoder, tokens)[0].numpy()
                 np.testing.assert_allclose(found[kind][number], expected, atol=2e-3 if kind == "patches" else 1e-5)
     labels, features = torch.from_numpy(source.label_array()), torch.from_numpy(np.array(found["mean"]))
     assert knn_accuracy(features, labels, features, labels, k=1) == 1.0
@@ -121,16 +117,12 @@ def test_images_that_cannot_be_used_are_left_out(exported, tmp_path: Path, pictu
         frozen_features(encoder, open_source(tmp_path / "bad"), DataConfig(), how, ["mean"], **options)
 
 
-def test_two_processes_extract_the_same(argv: list[str], tmp_path: Path) -> None:
+def test_two_processes_extract_the_same(argv: list[str], tmp_path: Path, start: Callable) -> None:
     assert main([*argv, "protocol=[knn,fewshot]"]) == 0
     alone = rows(tmp_path)
     shutil.rmtree(tmp_path / "features")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "finetune.evaluate"]
-    told = {"env": env, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 100}
-    ran = subprocess.run([*launch, *argv, "protocol=[knn,fewshot]"], **told)
-    assert ran.returncode == 0, ran.stderr
-    assert rows(tmp_path) == alone and ran.stdout.count("knn k=10") == 1
+    ran = start("finetune.evaluate", tmp_path, *argv, "protocol=[knn,fewshot]", processes=2).ok()
+    assert rows(tmp_path) == alone and ran.out.count("knn k=10") == 1
 
 
 def test_weights_from_elsewhere(argv: list[str], exported, tmp_path: Path) -> None:
@@ -140,8 +132,9 @@ def test_weights_from_elsewhere(argv: list[str], exported, tmp_path: Path) -> No
     assert tools(["export", str(exported.folder), str(tmp_path / "hub"), "--to", "timm"]) == 0
     foreign = [*(word for word in argv if "encoder=" not in word), f"encoder=timm:{tmp_path}/hub", "protocol=knn"]
     assert main(foreign) == 0 and [row["value"] for row in rows(tmp_path)] == own
-    with pytest.raises(ConfigError, match=r"image_size: is for exports"):
-        main([*foreign, "image_size=32"])
+    assert main([*foreign, "image_size=32"]) == 0, "positions are resampled"
+    bigger = [row["value"] for row in rows(tmp_path)]
+    assert main([*argv, "protocol=knn", "image_size=32"]) == 0 and [row["value"] for row in rows(tmp_path)] == bigger
 
 
 def test_refusals(argv: list[str], tmp_path: Path, data: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.samples import Samples
@@ -51,15 +52,23 @@ def batches(
 
 
 def evaluation_batches(
-    samples: Samples, *, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    samples: Samples,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    positions: NDArray[np.int64] | None = None,
 ) -> Iterator[Batch]:
     """Each sample once over all processes, in the order of the ids: this process takes ids rank, rank + world, ...
 
-    ``batch_size`` is that of this process; its last batch is short, and processes may differ by one sample, so sums are what
-    is to be reduced. ``samples`` must have an order with ``shuffle=False``.
+    ``positions`` are instead those that this process takes, whatever others do. ``batch_size`` is that of this process; its
+    last batch is short, and processes may differ by one sample, so sums are what is to be reduced. ``samples`` must have an
+    order with ``shuffle=False``.
     """
     assert not samples.order.shuffle, "evaluation asks for an order with shuffle=False"
-    return load(samples.among(world, max(1, workers)), _Once(len(samples), batch_size, rank, world), workers)
+    mine = np.arange(rank, len(samples), world) if positions is None else positions
+    return load(samples.among(world, max(1, workers)), _Once(mine, batch_size), workers)
 
 
 @dataclass(frozen=True)
@@ -92,15 +101,12 @@ class _Training:
 class _Once:
     """Yields the positions of one process's share of an epoch."""
 
-    num_samples: int
+    mine: NDArray[np.int64]
     batch_size: int
-    rank: int
-    world: int
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        mine = np.arange(self.rank, self.num_samples, self.world)
-        for first in range(0, len(mine), self.batch_size):
-            yield mine[first : first + self.batch_size]
+        for first in range(0, len(self.mine), self.batch_size):
+            yield self.mine[first : first + self.batch_size]
 
 
 def _joined(pieces: Iterator[Batch], parts: int) -> Iterator[Batch]:

@@ -7,7 +7,7 @@ come (0), so another number of processes can go on. All processes map the same f
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitssl import dist
 from vitssl.data.augment import Normalize
 from vitssl.data.feed import evaluation_samples
 from vitssl.data.loader import evaluation_batches
-from vitssl.data.sources import Source, Subset
+from vitssl.data.sources import Source
 from vitssl.errors import DataError
-from vitssl.models.encoder import Encoder, Tokens
+from vitssl.models.encoder import Encoder
 from vitssl.sections import DataConfig
+from vitssl.task import Batch
+from vitssl.train.layers import Feature
 from vitssl.views import View
 
 _FLUSH = 64  # batches between two times that what is there is written down
-_BLOCKS = 4
-KINDS: dict[str, Callable[[Encoder, Tokens], Tensor]] = {
-    "class": lambda encoder, tokens: tokens.pool("class"),
-    "mean": lambda encoder, tokens: tokens.pool("mean"),
-    "class_4": lambda encoder, tokens: torch.cat([encoder.norm(block).pool("class") for block in tokens.blocks], dim=1),
-    "patches": lambda encoder, tokens: tokens.patches,
-}
-"""What may be kept of an image: [D], [D], class tokens of the last four blocks [4 D], all patch tokens [N, D] in float16."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,33 @@ class Extraction:
     workers: int = 0
 
 
+@torch.inference_mode()
+def extracted(
+    encoder: Encoder,
+    source: Source,
+    config: DataConfig,
+    how: Extraction,
+    features: Sequence[Feature],
+    *,
+    positions: NDArray[np.int64],
+) -> Iterator[tuple[Batch, dict[Feature, Tensor]]]:
+    """For each ``how.batch_size`` of ``positions``, in order: the batch without images that cannot be used (it says which
+    those are, and may be empty), and its rows on the host. A view with a random crop shows an image the same one every time.
+    """
+    encoder = encoder.to(how.device).eval()
+    spec = encoder.spec
+    normalize = Normalize(how.mean, how.std, channels=spec.channels).to(how.device)
+    samples = evaluation_samples(source, config, [how.view], channels=spec.channels)
+    options = {"batch_size": how.batch_size, "world": dist.world(), "workers": how.workers}
+    blocks = max(feature.blocks(spec) for feature in features)
+    for batch in evaluation_batches(samples, positions=positions, **options):
+        images = normalize(batch.views[how.view].to(how.device, non_blocking=True))
+        with torch.autocast(how.device, torch.bfloat16) if how.precision == "bf16" else nullcontext():
+            tokens = encoder(images, last_blocks=blocks) if len(batch) else None
+            rows = {feature: feature.of(encoder, tokens) if tokens else images.new_empty(0) for feature in features}
+        yield batch, {feature: values.cpu() for feature, values in rows.items()}
+
+
 def frozen_features(
     encoder: Encoder,
     source: Source,
@@ -61,19 +83,27 @@ def frozen_features(
     *,
     folder: Path,
     tell: Callable[[str], None],
+    weights: str | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({kind: memory-mapped [N, ...]}, rows [M] of the images that could be used), extracted as far as they are not there.
 
-    ``tell`` gets a line of what is done. Raises DataError where no image can be used.
+    ``tell`` gets a line of what is done; ``weights`` is the encoder's :func:`weights_hash` where it is known. Raises DataError
+    where no image can be used.
     """
-    place = folder / _key(encoder, source, how)
-    files = {kind: _file(place, kind, encoder, source.num_samples) for kind in kinds}
+    place = folder / _key(weights or weights_hash(encoder), encoder, source, config, how)
+    features = {kind: Feature(kind) for kind in kinds}
+    files = {kind: _file(place, each, encoder, source.num_samples) for kind, each in features.items()}
     flags = {kind: _flags(place, kind, source.num_samples) for kind in kinds}
     pending = np.flatnonzero(np.any([flag == 0 for flag in flags.values()], axis=0))
+    dist.barrier()  # nobody writes before all have seen what is to be done
     if len(pending):
         done = source.num_samples - len(pending)
         tell(f"{source.num_samples:,} images of {source.name}: {len(pending):,} to look at, {done:,} in {place}")
-        _extract(encoder, Subset(source, pending), config, how, files, flags, pending=pending, tell=tell)
+        mine = pending[dist.rank() :: dist.world()]
+        bad = _fill(files, flags, extracted(encoder, source, config, how, list(features.values()), positions=mine))
+        _mark(files, flags, mine[np.any([flag[mine] == 0 for flag in flags.values()], axis=0)], 2)
+        if bad := dist.gather_lists(bad):
+            tell(f"{len(bad):,} images of {source.name} left out; the first: {bad[0]}")
     dist.barrier()
     used = np.all([_flags(place, kind, source.num_samples) == 1 for kind in kinds], axis=0)
     if not used.any():
@@ -81,44 +111,42 @@ def frozen_features(
     return files, np.flatnonzero(used)
 
 
-@torch.inference_mode()
-def _extract(
-    encoder: Encoder,
-    source: Source,
-    config: DataConfig,
-    how: Extraction,
-    files: dict[str, np.ndarray],
-    flags: dict[str, np.ndarray],
-    *,
-    pending: np.ndarray,
-    tell: Callable[[str], None],
-) -> None:
-    """Write this process's part of the pending rows; what cannot be used is marked."""
-    encoder = encoder.to(how.device).eval()
-    spec = encoder.spec
-    normalize = Normalize(how.mean, how.std, channels=spec.channels).to(how.device)
-    samples = evaluation_samples(source, config, [how.view], channels=spec.channels)
-    fast = torch.autocast(how.device, torch.bfloat16) if how.precision == "bf16" else nullcontext()
-    written, bad = [], []
-    options = {"batch_size": how.batch_size, "rank": dist.rank(), "world": dist.world(), "workers": how.workers}
-    for number, batch in enumerate(evaluation_batches(samples, **options)):
+def weights_hash(encoder: Encoder) -> str:
+    """Of an encoder's weights and their names, whatever file they came from."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(encoder.state().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A file of zeros that the first process makes where it is not there, mapped by all."""
+    if dist.rank() == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
+        temporary.replace(path)
+    dist.barrier()
+    return open_memmap(path, mode="r+")
+
+
+def _fill(
+    files: dict[str, np.ndarray], flags: dict[str, np.ndarray], found: Iterator[tuple[Batch, dict[Feature, Tensor]]]
+) -> list[str]:
+    """Write rows as they come, and mark them; returns why others could not be used."""
+    written, bad = [np.empty(0, dtype=np.int64)], []
+    for number, (batch, values) in enumerate(found, start=1):
         bad += [each.reason for each in batch.bad]
-        images = normalize(batch.views[how.view].to(how.device))
-        with fast:
-            tokens = encoder(images, last_blocks=min(_BLOCKS, spec.depth) if "class_4" in files else 0)
-            rows = pending[batch.positions.numpy()]
-            for kind, file in files.items():
-                file[rows] = KINDS[kind](encoder, tokens).to(_type(kind)).cpu().numpy()
+        rows = batch.positions.numpy()
+        for feature, own in values.items() if len(rows) else ():
+            file = files[feature.name]
+            file[rows] = own.float().numpy().astype(file.dtype)
         written.append(rows)
-        if number % _FLUSH == _FLUSH - 1:
+        if number % _FLUSH == 0:
             _mark(files, flags, np.concatenate(written), 1)
-            written.clear()
-    _mark(files, flags, np.concatenate([*written, np.empty(0, dtype=np.int64)]), 1)
-    mine = pending[dist.rank() :: dist.world()]
-    left = mine[np.any([flag[mine] == 0 for flag in flags.values()], axis=0)]
-    _mark(files, flags, left, 2)
-    if bad := dist.gather_lists(bad):
-        tell(f"{len(bad):,} images of {source.name} left out; the first: {bad[0]}")
+            del written[1:]
+    _mark(files, flags, np.concatenate(written), 1)
+    return bad
 
 
 def _mark(files: dict[str, np.ndarray], flags: dict[str, np.ndarray], rows: np.ndarray, value: int) -> None:
@@ -130,37 +158,18 @@ def _mark(files: dict[str, np.ndarray], flags: dict[str, np.ndarray], rows: np.n
         flag.flush()
 
 
-def _file(place: Path, kind: str, encoder: Encoder, num: int) -> np.ndarray:
-    spec = encoder.spec
-    width = {"class_4": min(_BLOCKS, spec.depth) * spec.dim}.get(kind, spec.dim)
-    shape = (num, spec.num_patches, width) if kind == "patches" else (num, width)
-    return _mapped(place / f"{kind}.npy", np.float16 if kind == "patches" else np.float32, shape)
+def _file(place: Path, feature: Feature, encoder: Encoder, num: int) -> np.ndarray:
+    """Patch tokens are many: they are kept in float16."""
+    dtype = np.float16 if feature.kind == "patches" else np.float32
+    return mapped(place / f"{feature.name}.npy", dtype, (num, *feature.shape(encoder.spec)))
 
 
 def _flags(place: Path, kind: str, num: int) -> np.ndarray:
-    return _mapped(place / f"{kind}.done.npy", np.uint8, (num,))
+    return mapped(place / f"{kind}.done.npy", np.uint8, (num,))
 
 
-def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A file of zeros that the first process makes, mapped by all."""
-    if dist.rank() == 0 and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
-        temporary.replace(path)
-    dist.barrier()
-    return open_memmap(path, mode="r+")
-
-
-def _type(kind: str) -> torch.dtype:
-    return torch.float16 if kind == "patches" else torch.float32
-
-
-def _key(encoder: Encoder, source: Source, how: Extraction) -> str:
-    """What features depend on: the weights and their names, the data, the view, the numbers that images become."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(encoder.state().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    said = [source.fingerprint, source.num_samples, repr(how.view), list(how.mean), list(how.std), how.precision]
-    digest.update(json.dumps([*said, encoder.pos_resample]).encode())
-    return digest.hexdigest()
+def _key(weights: str, encoder: Encoder, source: Source, config: DataConfig, how: Extraction) -> str:
+    """What features depend on: the weights, the data and how it is decoded, the view, the numbers that images become."""
+    said = [weights, encoder.pos_resample, source.fingerprint, source.num_samples, config.exif]
+    said += [repr(how.view), list(how.mean), list(how.std), how.precision]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=12).hexdigest()
