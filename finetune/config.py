@@ -30,6 +30,12 @@ def _power(value: Any) -> Any:
     return float(value) if isinstance(value, bool) else value
 
 
+def _names(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {str(old): new if new is None else str(new) for old, new in value.items()}  # numbers are names, too
+
+
 class HeadConfig(Section):
     pooling: Literal["mean", "class"] | None = Field(None, description="of the tokens; null: what the export says")
     init: Literal["zero", "trunc_normal"] = Field("zero", description="zero: the first loss is ln C (ViT); trunc_normal: MAE's")
@@ -83,7 +89,14 @@ class FinetuneConfig(ProgramConfig):
     ema: Beta | None = Field(None, description="momentum of an average of the weights, which is then judged; null: none")
     image_size: Size | None = Field(None, description="pixels; null: what the encoder was pretrained at")
     drop_path: Fraction = Field(0.1, description="stochastic depth of the last block; earlier ones linearly less")
+    loss: Literal["ce", "bce"] = Field("ce", description="cross entropy, or bce: a yes or no for each class (DeiT III)")
     smoothing: Fraction = Field(0.0, description="label smoothing")
+    labels: Literal["one", "several"] = Field(
+        "one", description="of an image; several (or none): cat;dog in a list, numbers in .cls, labels in .json; needs loss=bce"
+    )
+    label_map: Annotated[dict[str, str | None], BeforeValidator(_names)] = Field(
+        {}, description="other names of classes, as {tabby: cat, siamese: cat, blurred: null}: renamed, merged, dropped"
+    )
     labelled: Annotated[int | str | None, BeforeValidator(_labelled)] = Field(
         None, description="images to train on, seeded: a class-balanced number (1000) or a share of each class (1%); null: all"
     )

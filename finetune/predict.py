@@ -25,22 +25,27 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help="a fine-tuning run's folder, or its export/last or export/best")
     parser.add_argument("data", nargs="+", help="images, a folder of them, shards: what data.path takes")
     parser.add_argument("--top", type=int, default=5, help="classes told of each image (5)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which one of several labels is told")
     parser.add_argument("--jsonl", type=Path, help="write a line of JSON for every image")
     parser.add_argument("--batch-size", type=int, default=64, help="images looked at together (64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     given = parser.parse_args(argv)
     if given.top < 1 or given.batch_size < 1:
         raise ConfigError("--top and --batch-size are at least 1")
+    if not 0 <= given.threshold <= 1:
+        raise ConfigError(f"--threshold {given.threshold}: is a probability, from 0 to 1")
     report, count = Report(), 0
     shown: list[tuple[str, str]] = []
-    rows = predictions(given.run, given.data, report, device=given.device, batch_size=given.batch_size, top=given.top)
+    options = {"device": given.device, "batch_size": given.batch_size, "top": given.top, "threshold": given.threshold}
+    rows = predictions(given.run, given.data, report, **options)
     with open(given.jsonl, "w") if given.jsonl else nullcontext() as file:
         for row in rows:
             count += 1
             if file:
                 file.write(json.dumps(row) + "\n")
             if len(shown) < SHOWN:
-                shown.append((row["image"], ", ".join(f"{each['class']} {each['probability']:.1%}" for each in row["top"])))
+                said = row["top"] if "top" in row else row["labels"]
+                shown.append((row["image"], ", ".join(f"{each['class']} {each['probability']:.1%}" for each in said) or "none"))
     more = f", the first {SHOWN}" if count > SHOWN else ""
     report.pairs(f"{count:,} images{more}", shown)
     if given.jsonl:
@@ -49,9 +54,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def predictions(
-    run: Path, data: Sequence[str], report: Report, *, device: str = "auto", batch_size: int = 64, top: int = 5
+    run: Path,
+    data: Sequence[str],
+    report: Report,
+    *,
+    device: str = "auto",
+    batch_size: int = 64,
+    top: int = 5,
+    threshold: float = 0.5,
 ) -> Iterator[dict[str, Any]]:
-    """{"image", "top": [{"class", "probability"}, ...], "label" where there is one} of every image that can be used, in order.
+    """{"image", "top": [{"class", "probability"}, ...]} of every image that can be used, in order.
+
+    Of a classifier of several labels "labels" stand in the place of "top": all above ``threshold``, the surest first.
 
     Raises CheckpointError where ``run`` holds no classifier, DataError where no image can be used.
     """
@@ -75,14 +89,17 @@ def predictions(
     channels = model.encoder.spec.channels
     samples = evaluation_samples(source, DataConfig(), [view], channels=channels)
     normalize = Normalize(facts["mean"], facts["std"], channels=channels).to(device)
-    classes, wanted = facts["classes"], min(top, len(facts["classes"]))
+    classes, several = facts["classes"], facts.get("labels") == "several"
+    wanted = len(classes) if several else min(top, len(classes))
     with torch.inference_mode():
         for batch in share(samples, tell=report.say, batch_size=batch_size):
-            shares = model(normalize(batch.views[view].to(device))).softmax(dim=1)
+            logits = model(normalize(batch.views[view].to(device)))
+            shares = logits.double().sigmoid() if several else logits.softmax(dim=1)
             values, numbers = shares.topk(wanted, dim=1)
             for key, own, best in zip(batch.keys, values.tolist(), numbers.tolist(), strict=True):
                 told = [{"class": classes[number], "probability": value} for number, value in zip(best, own, strict=True)]
-                yield {"image": key, "top": told}
+                above = [each for each in told if each["probability"] > threshold]
+                yield {"image": key} | ({"labels": above} if several else {"top": told})
 
 
 def _one(data: Sequence[str]) -> str | list[str]:

@@ -3,21 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from finetune.classes import names_of, open_classes, open_test
 from finetune.config import FinetuneConfig
 from finetune.labels import balance, choose_labelled
+from finetune.several import SeveralEvaluation
 from finetune.teacher import open_teacher, tell_teacher
 from finetune.watch import Evaluation, tested_size
 from vitssl import dist
 from vitssl.command import Command
 from vitssl.data.augment import erasing, mixer, rand_augment
-from vitssl.data.feed import open_configured
-from vitssl.data.sources import Source, label_like
+from vitssl.data.sources import Source
 from vitssl.data.transforms import check_channels
-from vitssl.errors import ConfigError, DataError
+from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import head_like
 from vitssl.models.teacher import Teacher
@@ -40,7 +40,7 @@ def run(config: FinetuneConfig, command: Command) -> int:
         config = config.model_copy(update={"encoder": begun or str(newest_export(config.run.dir))})
     config = with_own_statistics(config)
     source = open_training(config, report)
-    classes = source.classes or tuple(map(str, range(int(source.label_array().max()) + 1)))
+    classes = names_of(source)
 
     teacher = open_teacher(config, classes)
 
@@ -63,13 +63,13 @@ def run(config: FinetuneConfig, command: Command) -> int:
     tested_size(config.test.image_size, spec)  # a size that cannot be is refused before anything is written
     if teacher is not None:
         tell_teacher(config, teacher, spec, report)
-    images = label_like(open_configured(config.test, key="test"), source)
+    images = open_test(config, source)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
         if asked == "newest" and (newer := str(newest_export(config.run.dir))) != config.encoder:
             report.say(f"it began from {config.encoder}; {newer} is newer: take another run.name for that")
         return 0
-    test = Evaluation(session, images, classes=classes)
+    test = (SeveralEvaluation if config.labels == "several" else Evaluation)(session, images, classes=classes)
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
     policy = config.augment.rand_augment
     augment = rand_augment(policy, mean=config.data.mean, size=min(spec.image_size)) if policy else None
@@ -95,14 +95,8 @@ def with_own_statistics(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def open_training(config: FinetuneConfig, report: Report) -> Source:
-    """The labelled images to train on, all or a class-balanced few."""
-    source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
-    labels = source.label_array()
-    if labels is None:
-        raise DataError(f"{source.name}: fine-tuning needs a label for every image (.cls members, or class folders)")
-    different, largest = len(np.unique(labels)), int(labels.max())
-    if source.classes is None and largest >= max(1000, 10 * different):
-        raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
+    """The labelled images to train on: all or a class-balanced few, their classes as they are or drawn evenly."""
+    source = open_classes(config, report.waiting("preparing data"))
     source = choose_labelled(source, labelled=config.labelled, shots=config.shots, seed=config.seed)
     return balance(source, config.balance, cached=config.data.cache is not None)
 
@@ -140,6 +134,7 @@ def build_task(config: FinetuneConfig, num_classes: int, teacher: Teacher | None
         head,
         mean=config.data.mean,
         std=config.data.std,
+        loss=config.loss,
         smoothing=config.smoothing,
         mixup=mixer(augment.mixup, augment.cutmix, switch=augment.switch, num_classes=num_classes),
         erasing=erasing(augment.erasing),

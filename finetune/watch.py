@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ class Evaluation:
     """Accuracy on the test images on the way and at the end; the best classifier and the last are kept.
 
     Where an average of the weights is kept it is the one that is judged and written, and the raw weights stand beside it.
-    ``ended``: whether ``test.patience`` evaluations have passed since the best one, as far as the run has come.
+    ``ended``: whether ``test.patience`` evaluations have passed since the best one, as far as the run has come. ``measure`` is
+    what the best is judged by; the larger the better.
     """
+
+    measure, labels = "top1", "one"
 
     def __init__(self, session: Session, images: Source, *, classes: tuple[str, ...]) -> None:
         self.session, self.classes = session, classes
@@ -50,17 +54,17 @@ class Evaluation:
         """Measure, write the row, and keep the classifier if none was better. Returns whether the run has ended early."""
         session = self.session
         doors = ["logits"] if session.config.ema is None else ["averaged logits", "logits"]
-        found = predict(session.engine, share(self.samples, tell=session.report.say), doors=doors)
+        found = self._look(doors)
         result = self._result(*found)
-        best = max((row["top1"] for row in self.history), default=-1.0)
+        best = max((row[self.measure] for row in self.history), default=-1.0)
         row = {"step": step, **result, "images": len(found[0].labels)}
         self.history.append(row)
         session.report.scalars({f"test/{name}": value for name, value in result.items()}, step)
         session.report.rows("probes.jsonl", [row])
-        session.report.say(f"step {step:,}  test {in_words(result)}")
+        session.report.say(f"step {step:,}  test {self.in_words(result)}")
         if session.engine.main:
             self._keep("last", step, result)
-            if result["top1"] > best:
+            if result[self.measure] > best:
                 self._keep("best", step, result)
         self.ended = self._out_of_patience()
         if session.engine.main and (self.ended or step == session.plan.steps):
@@ -71,21 +75,34 @@ class Evaluation:
         """Say what was made, where it lies, and how good it is."""
         self.session.report.rest()
         session, rows = self.session, self.history
-        last, best = rows[-1], max(rows, key=lambda row: row["top1"])
+        last, best = rows[-1], max(rows, key=lambda row: row[self.measure])
         which = "after the last step" if not self.ended else f"at step {last['step']:,}, where patience ended"
         report = [
-            ("test", f"{in_words(last)} of {len(self.samples):,} images {which}"),
-            ("interval", f"{last['top1_low']:.2%} to {last['top1_high']:.2%} (95 %, over the drawing of the test images)"),
-            ("best", f"{best['top1']:.2%} at step {best['step']:,} (chosen on the same images)"),
+            ("test", f"{self.in_words(last)} of {len(self.samples):,} images {which}"),
+            *self._interval(last),
+            ("best", f"{best[self.measure]:.2%} at step {best['step']:,} (chosen on the same images)"),
             ("classifier", f"{session.folder / 'export' / 'last' / 'classifier.safetensors'}, {_whose(session)}"),
         ]
         results = session.folder / "results"
         if (results / "results.json").exists():
             report += [("weakest", json.loads((results / "results.json").read_text())["weakest"])]
-            report += [("results", f"{results}: classes.csv, confusion.csv and .png, mistakes.png")]
+            report += [("results", f"{results}: {', '.join(sorted(path.name for path in results.iterdir()))}")]
         config = session.config
         origin = config.encoder if config.weights == "pretrained" else f"scratch ({config.encoder} untouched)"
         session.report.pairs(f"fine-tuned on {session.source.num_samples:,} labelled images from {origin}", report)
+
+    def in_words(self, result: dict[str, float]) -> str:
+        """An evaluation in one phrase."""
+        raw = f"  raw weights {result['raw_top1']:.2%}" if "raw_top1" in result else ""
+        scores = f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}"
+        return f"{scores}  loss {result['loss']:.4f}  ece {result['ece']:.1%}{raw}"
+
+    def _look(self, doors: Sequence[str]) -> list[Predictions]:
+        return predict(self.session.engine, share(self.samples, tell=self.session.report.say), doors=doors)
+
+    def _interval(self, last: dict[str, float]) -> list[tuple[str, str]]:
+        low, high = last["top1_low"], last["top1_high"]
+        return [("interval", f"{low:.2%} to {high:.2%} (95 %, over the drawing of the test images)")]
 
     def _result(self, judged: Predictions, raw: Predictions | None = None) -> dict[str, float]:
         means = judged.means()
@@ -96,7 +113,7 @@ class Evaluation:
 
     def _out_of_patience(self) -> bool:
         """Whether the best evaluation lies as far back as ``test.patience`` says."""
-        patience, tops = self.session.config.test.patience, [row["top1"] for row in self.history]
+        patience, tops = self.session.config.test.patience, [row[self.measure] for row in self.history]
         return bool(patience and tops) and len(tops) - 1 - tops.index(max(tops)) >= patience
 
     def _keep(self, which: str, step: int, result: dict[str, float]) -> None:
@@ -116,7 +133,8 @@ class Evaluation:
             "classes": list(self.classes),
             "run": str(session.folder),
             "step": step,
-            "top1": result["top1"],
+            "labels": self.labels,
+            self.measure: result[self.measure],
         } | ({"head": head.beyond_timm} if head.beyond_timm else {})
         write_export(session.folder / "export" / which, "classifier", encoder.state() | head.state(), facts)
 
@@ -126,9 +144,9 @@ class Evaluation:
         counts = confusion(found.labels, found.predicted, len(self.classes))
         table = class_table(counts, self.classes)
         folder.mkdir(exist_ok=True)
-        _write_csv(folder / "classes.csv", [list(table[0]), *(list(row.values()) for row in table)])
+        write_csv(folder / "classes.csv", [list(table[0]), *(list(row.values()) for row in table)])
         header = ["class", *self.classes]
-        _write_csv(folder / "confusion.csv", [header, *([name, *row] for name, row in zip(self.classes, counts.tolist()))])
+        write_csv(folder / "confusion.csv", [header, *([name, *row] for name, row in zip(self.classes, counts.tolist()))])
         words = {"step": step, **self.history[-1], "weakest": weakest(table, WEAKEST), "classes": table}
         (folder / "results.json").write_text(json.dumps(words, indent=1) + "\n")
         pictures = {"confusion": confusion_chart(counts, self.classes)}
@@ -179,13 +197,8 @@ def _whose(session: Session) -> str:
     return "read by finetune.predict and ONNX" if session.engine.task.head.beyond_timm else "a plain timm state"
 
 
-def in_words(result: dict[str, float]) -> str:
-    """An evaluation in one phrase."""
-    raw = f"  raw weights {result['raw_top1']:.2%}" if "raw_top1" in result else ""
-    return f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}  loss {result['loss']:.4f}  ece {result['ece']:.1%}{raw}"
-
-
-def _write_csv(path: Path, rows: list[list[Any]]) -> None:
+def write_csv(path: Path, rows: list[list[Any]]) -> None:
+    """Rows of cells as a file."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     path.write_text(text.getvalue())

@@ -44,6 +44,17 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (error * weight).sum() / weight.sum()
 
 
+def binary_cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Scalar: each class a question of its own, mean over all B x classes numbers, in nats (a zero head: ln 2).
+
+    logits [B, classes]; targets [B] int64, or [B, classes] in [0, 1]. ``smoothing`` s makes them t (1 - s) + s / classes, as
+    timm does (Wightman et al. 2021, section 4.1; DeiT III, Touvron et al. 2022).
+    """
+    hot = F.one_hot(targets, logits.shape[-1]) if targets.ndim == 1 else targets
+    hot = hot.to(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[-1]
+    return F.binary_cross_entropy_with_logits(logits, hot)
+
+
 def distillation(logits: Tensor, teacher: Tensor, *, kind: Literal["soft", "hard"], temperature: float = 1.0) -> Tensor:
     """Scalar: how far logits [B, classes] are from a teacher's [B, classes], which get no gradient. In nats.
 

@@ -34,7 +34,7 @@ class Batch:
 
     views: dict[View, Tensor]  # each [B, C, height, width] uint8
     positions: Tensor  # [B] int64, global positions of the run
-    labels: Tensor | None = None  # [B] int64
+    labels: Tensor | None = None  # [B] int64, or [B, classes] bool where samples have several
     keys: tuple[str, ...] = ()  # of the samples that stand at the positions, also where another was served
     bad: tuple[Bad, ...] = ()
     host: Tensor | None = None  # the positions on the CPU, where a batch is on a device

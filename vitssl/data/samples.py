@@ -29,7 +29,7 @@ class _Made(NamedTuple):
 
     position: int
     key: str
-    label: int | None
+    label: int | tuple[int, ...] | None
     views: tuple[transforms.Pixels, ...] | None
     bad: Bad | None = None
 
@@ -142,7 +142,7 @@ class Samples(Dataset):
                 for number, view in enumerate(self.views)
             },
             positions=torch.tensor([each.position for each in used], dtype=torch.int64),
-            labels=torch.tensor([each.label for each in used], dtype=torch.int64) if self.labels else None,
+            labels=self._labels_of(used) if self.labels else None,
             keys=tuple(each.key for each in used),
             bad=tuple(each.bad for each in made if each.bad),
         )
@@ -169,6 +169,15 @@ class Samples(Dataset):
                 made = made._replace(label=served.label, views=show(other, position), bad=bad)
             self._made[position] = made
         self.pulse(None)
+
+    def _labels_of(self, used: Sequence[_Made]) -> torch.Tensor:
+        """[B] int64, or [B, classes] bool where samples have several."""
+        if (num_classes := getattr(self.source, "num_classes", None)) is None:
+            return torch.tensor([each.label for each in used], dtype=torch.int64)
+        hot = torch.zeros(len(used), num_classes, dtype=torch.bool)
+        for row, each in zip(hot, used, strict=True):
+            row[list(each.label)] = True
+        return hot
 
     def _again(self, position: int) -> list[int]:
         """Later positions of the same sample that this process will be asked for."""

@@ -21,13 +21,17 @@ _BLOCK = 512
 
 
 class Sample(NamedTuple):
-    """One sample of a shard: key, the image member's extension, byte offset and length, and the label where there is one."""
+    """One sample of a shard: key, the image member's extension, byte offset and length, and the label where there is one.
+
+    ``labels``: all of them where it may have several, None where nothing says them.
+    """
 
     key: str
     extension: str
     offset: int
     length: int
     label: int | None
+    labels: tuple[int, ...] | None = None
 
 
 def samples(path: str, *, shard: str | None = None) -> tuple[list[Sample], int]:
@@ -121,12 +125,13 @@ def _sample(shard: str, file: BinaryIO, key: str, group: "dict[str, tarfile.TarI
         found = ", ".join(f".{extension}" for extension in group)
         kinds = ", ".join(f".{kind}" for kind in IMAGES)
         raise DataError(f"{shard}: sample {key!r} has no image, only {found}; images end in {kinds}: write the shard again")
-    label = None
+    label, labels = None, None
     if "cls" in lower:
-        label = _label(shard, group[lower["cls"]], _bytes(file, group[lower["cls"]]))
+        labels = _labels(shard, group[lower["cls"]], _bytes(file, group[lower["cls"]]))
+        label = labels[0] if len(labels) == 1 else None
     elif "json" in lower:
-        label = _label_in_json(shard, group[lower["json"]], _bytes(file, group[lower["json"]]))
-    return Sample(key=key, extension=image, offset=group[image].offset_data, length=group[image].size, label=label)
+        label, labels = _labels_in_json(shard, group[lower["json"]], _bytes(file, group[lower["json"]]))
+    return Sample(key, image, group[image].offset_data, group[image].size, label, labels)
 
 
 def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
@@ -134,20 +139,27 @@ def _bytes(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return file.read(member.size)
 
 
-def _label(shard: str, member: tarfile.TarInfo, content: bytes) -> int:
-    text = content[:64].strip()
-    if not text.isdigit() or len(text) > 18:
+def _labels(shard: str, member: tarfile.TarInfo, content: bytes) -> tuple[int, ...]:
+    """The numbers of a .cls, of which there is at least one; between several stand spaces or commas."""
+    words = content.replace(b",", b" ").split()
+    if not words or not all(word.isdigit() and len(word) <= 18 for word in words):
         raise DataError(f"{shard}: label {member.name!r} is {content[:20]!r}, not a whole number from 0; write the shard again")
-    return int(text)
+    return tuple(map(int, words))
 
 
-def _label_in_json(shard: str, member: tarfile.TarInfo, content: bytes) -> int | None:
-    """The ``label`` or ``cls`` of a JSON object; None where it has no such key or the value is no number."""
+def _labels_in_json(shard: str, member: tarfile.TarInfo, content: bytes) -> tuple[int | None, tuple[int, ...] | None]:
+    """The ``label`` or ``cls`` of a JSON object, None where it has no such key or the value is no number; and its ``labels``,
+    of which one that is no list of whole numbers from 0 says nothing."""
     try:
         values = json.loads(content)
     except (ValueError, RecursionError):
         raise DataError(f"{shard}: {member.name!r} is not valid JSON; write the shard again") from None
-    label = values.get("label", values.get("cls")) if isinstance(values, dict) else None
+    values = values if isinstance(values, dict) else {}
+    label, several = values.get("label", values.get("cls")), values.get("labels")
     if isinstance(label, bool) or not isinstance(label, int):
-        return None
-    return _label(shard, member, str(label).encode())
+        label = None
+    else:
+        (label,) = _labels(shard, member, str(label).encode())
+    if isinstance(several, list) and all(type(each) is int and 0 <= each < 10**18 for each in several):
+        return label, tuple(several)
+    return label, None if label is None or several is not None else (label,)

@@ -46,6 +46,7 @@ def settings_of(family: str, state: Mapping[str, Tensor], facts: Mapping[str, An
         found["intermediate_size"] = hidden
     labels = {"id2label": dict(enumerate(facts["classes"]))} if "classes" in facts else {}
     labels |= {"label2id": {name: index for index, name in enumerate(facts["classes"])}} if labels else {}
+    labels |= {"problem_type": "multi_label_classification"} if facts.get("labels") == "several" else {}
     return found | labels
 
 

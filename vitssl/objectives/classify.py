@@ -14,6 +14,7 @@ from vitssl.data.augment import Normalize
 from vitssl.dist import rank
 from vitssl.draws import fold
 from vitssl.errors import ConfigError, DataError
+from vitssl.losses import binary_cross_entropy
 from vitssl.models.encoder import Encoder, Pooling
 from vitssl.models.heads import ClassificationHead
 from vitssl.models.twin import Twin
@@ -27,7 +28,9 @@ Wanted = Pooling | Literal["logits", "averaged logits"]
 
 
 class Classify(Task):
-    """Cross entropy on labels, or on the soft targets of a mixer.
+    """Cross entropy on labels, or on the soft targets of a mixer; ``loss="bce"``: a yes or no for each class instead.
+
+    Labels are [B] numbers, or [B, classes] bool where a sample may have several, which is for ``bce`` alone.
 
     ``mixup``: images [B, C, H, W], labels [B] -> mixed images, targets [B, classes] (``timm.data.Mixup`` with
     ``label_smoothing=0``: ``smoothing`` is applied here, to whatever the targets are). ``erasing``: normalised images -> the
@@ -46,6 +49,7 @@ class Classify(Task):
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        loss: Literal["ce", "bce"] = "ce",
         smoothing: float = 0.0,
         mixup: Mixer | None = None,
         erasing: Callable[[Tensor], Tensor] | None = None,
@@ -57,7 +61,8 @@ class Classify(Task):
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.smoothing, self.mixup, self.erasing, self.mode, self.layer_decay = smoothing, mixup, erasing, mode, layer_decay
+        self.loss, self.smoothing, self.mixup, self.erasing = loss, smoothing, mixup, erasing
+        self.mode, self.layer_decay = mode, layer_decay
         self.normalize = Normalize(mean, std, channels=encoder.spec.channels)
         self._part = (-1, 0)  # (step, how many forwards it has had): micro-batches of a step mix differently
         self.blocks = _trained_blocks(mode, blocks, encoder.spec.depth)
@@ -137,11 +142,16 @@ class Classify(Task):
 
     def _on_labels(self, logits: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on labels, or on what a mixer made of them, and {"top1"} where they are hard."""
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        if self.loss == "bce":
+            loss = binary_cross_entropy(logits, targets, smoothing=self.smoothing)
+        else:
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
         return loss, {"top1": _hits(logits, labels, 1).mean()} if targets.ndim == 1 else {}
 
     def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self._logits(images).float()
+        if labels.ndim == 2:
+            return binary_cross_entropy(logits, labels), {}
         return F.cross_entropy(logits, labels), {f"top{k}": _hits(logits, labels, k).mean() for k in (1, 5)}
 
     def _augment(self, images: Tensor, labels: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
@@ -153,7 +163,9 @@ class Classify(Task):
             raise DataError(f"mixup pairs the samples of a forward, and this one has {len(images)}; make micro_batch even")
         with seeded(fold(clock.seed, clock.step, rank(), self._part[1]), images.device):
             images = images if self.erasing is None else self.erasing(images)
-            return (images, labels) if self.mixup is None else self.mixup(images, labels)
+            if self.mixup is None:
+                return images, labels
+            return self.mixup(images, labels) if labels.ndim == 1 else _mix_sets(self.mixup, images, labels)
 
 
 def layer_decay_rules(
@@ -202,6 +214,16 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(arrays)
+
+
+def _mix_sets(mixup: Mixer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Images mixed, and the labels [B, classes] with the same weights: the mixer is told that every sample is its own class."""
+    own, mixup.num_classes = mixup.num_classes, len(images)
+    try:
+        images, weights = mixup(images, torch.arange(len(images), device=images.device))  # weights [B, B]
+    finally:
+        mixup.num_classes = own
+    return images, weights @ labels.to(weights.dtype)
 
 
 def _hits(logits: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -35,6 +35,34 @@ class Predictions:
         return {name: float(column.double().mean()) for name, column in columns.items()}
 
 
+@dataclass(frozen=True)
+class SetPredictions:
+    """The same of images that may have several labels."""
+
+    positions: Tensor  # [N] int64
+    labels: Tensor  # [N, classes] bool
+    logits: Tensor  # [N, classes] float32
+
+
+def predict_sets(engine: Engine, batches: Iterable[Batch], *, doors: Sequence[str] = ("logits",)) -> list[SetPredictions]:
+    """As :func:`predict`, of labels [B, classes]; sigmoids are taken class by class, so all logits are kept."""
+    engine.wrapped.eval()
+    clock = Clock(step=0, total=1, samples=0, seed=0)
+    num_classes = engine.task.head.head.out_features
+    none = torch.zeros(0, num_classes, device=engine.device)  # a process may have no share of few images
+    positions, labels, logits = [none[:, 0].long()], [none.byte()], [[none] for _ in doors]
+    with torch.no_grad():
+        for batch in batches:
+            positions.append(batch.positions.to(engine.device))
+            labels.append(batch.labels.to(engine.device).byte())
+            for rows, door in zip(logits, doors, strict=True):
+                rows.append(engine.forward(batch, clock, features=door)[0].float())
+    places, hot = (dist.gather_rows(torch.cat(each)).cpu() for each in (positions, labels))
+    order = places.argsort()
+    found = (dist.gather_rows(torch.cat(rows)).cpu() for rows in logits)
+    return [SetPredictions(places[order], hot[order].bool(), each[order]) for each in found]
+
+
 def predict(engine: Engine, batches: Iterable[Batch], *, doors: Sequence[str] = ("logits",)) -> list[Predictions]:
     """Predictions through each of the task's ``doors`` (:meth:`Task.forward`'s ``features``), in one pass over the data.
 

@@ -17,8 +17,9 @@ from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.joined import Joined
 from vitssl.data.sources.listing import LISTS, ListSource
 from vitssl.data.sources.patterns import PARQUET, TAR, Form, find_shards, is_saved, is_shard, shards_of_url
+from vitssl.data.sources.several import Several, several_labels, several_like
 from vitssl.data.sources.shards import ShardSource
-from vitssl.data.sources.subset import Subset, label_like, take_labelled
+from vitssl.data.sources.subset import Renumbered, Subset, label_like, take_labelled
 from vitssl.data.stores import USUAL, Access, is_url, parted, shown
 from vitssl.data.tarscan import PICTURES
 from vitssl.errors import ConfigError, DataError
@@ -29,6 +30,8 @@ __all__ = [
     "Joined",
     "ListSource",
     "Raw",
+    "Renumbered",
+    "Several",
     "ShardSource",
     "Source",
     "Subset",
@@ -36,6 +39,8 @@ __all__ = [
     "label_like",
     "open_source",
     "same_samples",
+    "several_labels",
+    "several_like",
     "take_labelled",
 ]
 

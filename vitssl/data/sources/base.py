@@ -30,7 +30,7 @@ class Raw(NamedTuple):
 
     key: str
     image: bytes
-    label: int | None
+    label: int | tuple[int, ...] | None  # a tuple where a sample may have several
     where: str
     problem: str = ""
     passing: bool = False

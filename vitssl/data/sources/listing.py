@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitssl.data.sources.base import Ahead, Raw, fingerprint, one_by_one, read_file
+from vitssl.data.sources.several import LabelSets, label_sets
 from vitssl.errors import ConfigError, DataError
 
 LISTS = (".txt", ".csv", ".tsv")
@@ -56,6 +57,19 @@ class ListSource:
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every image has one (``num_unlabelled`` counts those that have none)."""
         return self._labels
+
+    def label_sets(self) -> LabelSets:
+        """The labels of all images, several each: those of a cell with ; between them, none where it is empty.
+
+        Read again from the file, so that a list of single labels need not carry them. Raises DataError without such a column.
+        """
+        files, cells = _parsed(self.name, _lines if self.name.lower().endswith(".txt") else _table)
+        if len(cells) != len(files):
+            raise DataError(f"{self.name}: has no column of labels; add one that is called {' or '.join(_LABELS)}")
+        sets = [[word.strip() for word in cell.split(";") if word.strip()] for cell in cells]
+        counts = np.array([len(each) for each in sets], dtype=np.int64)
+        classes, labels = _numbered([word for each in sets for word in each])
+        return label_sets(counts, labels, classes)
 
     def _read(self, number: int) -> Raw:
         file = os.fsdecode(self._files[number])

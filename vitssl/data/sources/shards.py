@@ -18,10 +18,12 @@ from vitssl.data import remote
 from vitssl.data.buffer import ChunkBuffer
 from vitssl.data.counts import read_wids
 from vitssl.data.index import ShardIndex
+from vitssl.data.labelsets import shard_labels
 from vitssl.data.manifest import index_shards
 from vitssl.data.order import default_chunk
 from vitssl.data.sources.base import DEFAULT_MEMORY, MAX_BYTES, UNREAD, Ahead, Raw, cut, fingerprint, printable
 from vitssl.data.sources.patterns import find_shards, shortened
+from vitssl.data.sources.several import LabelSets, label_sets
 from vitssl.data.stores import USUAL, Access, Passing, is_url, parted, shown
 from vitssl.errors import ConfigError, DataError
 
@@ -59,7 +61,7 @@ class ShardSource:
         self.num_unlabelled = int(rows["unlabelled"].sum())
         self.fingerprint = self._fingerprint()
         self.labels = self.num_unlabelled == 0
-        self.classes = self._class_names() if self.labels else None
+        self.classes = self._names_of(int(self.label_array().max())) if self.labels else None
         self.by_chunk = is_url(self.manifest.shards[0])
         sized = rows["size"] > 0
         self.mean_bytes = int(rows["size"][sized].sum()) // max(1, int(counts[sized].sum()))
@@ -92,14 +94,23 @@ class ShardSource:
             return None
         return np.concatenate([self.manifest.open(number).records["label"] for number in range(len(self.manifest.shards))])
 
+    def label_sets(self) -> LabelSets:
+        """The labels of all samples, several each. Raises DataError for shards that lie elsewhere, and where some has none."""
+        if is_url(self.manifest.shards[0]):
+            raise DataError(f"{self.name}: labels=several reads local shards; copy them to a disk")
+        indexes = [self.manifest.open(number) for number in range(len(self.manifest.shards))]
+        found = [shard_labels(index.shard, index.identity, index.num_samples) for index in indexes]
+        counts, labels = (np.concatenate(part) for part in zip(*found, strict=True))
+        return label_sets(counts, labels, self._names_of(int(labels.max(initial=-1))))
+
     def _fingerprint(self) -> str:
         """Of the shards' bytes (a mark where some are only counted), a dot, and of their names and counts."""
         rows = self.manifest.rows
         counts = fingerprint([*rows["name"].tolist(), rows["samples"].tobytes()])
         return f"{UNREAD if self.manifest.counted.any() else fingerprint(rows['identity'].tolist())}.{counts}"
 
-    def _class_names(self) -> tuple[str, ...] | None:
-        """The class names of the ``about.json`` beside the shards, where there is one."""
+    def _names_of(self, largest: int) -> tuple[str, ...] | None:
+        """The class names of the ``about.json`` beside the shards, where there is one, for labels up to ``largest``."""
         about = "/".join((parted(self.manifest.shards[0])[0] or ".", "about.json"))
         try:
             content = remote.small_file(about, self.manifest.access) if is_url(about) else Path(about).read_bytes()
@@ -108,7 +119,7 @@ class ShardSource:
             return None
         if not isinstance(classes, list):
             return None
-        if (largest := int(self.label_array().max())) >= len(classes):
+        if largest >= len(classes):
             where = f"{shown(about)}: names {len(classes)} classes"
             raise DataError(f"{where}, and there is a label {largest}; correct it or remove it")
         return tuple(map(str, classes))

@@ -1,0 +1,83 @@
+"""Which classes there are: labels as the config reads them, one or several an image, renamed, merged and dropped by its map."""
+
+import difflib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from finetune.config import FinetuneConfig
+from vitssl.data.feed import open_configured
+from vitssl.data.sources import Joined, Renumbered, Several, Source, Subset, label_like, several_labels, several_like
+from vitssl.data.sources.several import renumbered
+from vitssl.errors import ConfigError, DataError
+
+SHOWN = 3  # classes that a message names
+Progress = Callable[[int, int], None]
+
+
+def open_classes(config: FinetuneConfig, progress: Progress | None = None) -> Source:
+    """All images to train on, with their labels. Raises ConfigError and DataError, each in one line."""
+    _refuse_contradictions(config)
+    source = open_configured(config.data, key="data", progress=progress)
+    if config.labels == "several":
+        return _mapped(several_labels(source), config.label_map)
+    labels = source.label_array()
+    if labels is None:
+        raise DataError(
+            f"{source.name}: fine-tuning needs a label for every image (.cls members, or class folders); of"
+            " several, take labels=several"
+        )
+    different, largest = len(np.unique(labels)), int(labels.max())
+    if source.classes is None and largest >= max(1000, 10 * different):
+        raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
+    return _mapped(source, config.label_map)
+
+
+def open_test(config: FinetuneConfig, source: Source) -> Source:
+    """The test images, their labels under the numbers that the training images have for the same names."""
+    images = open_configured(config.test, key="test")
+    if isinstance(source, Several):
+        return several_like(_mapped(several_labels(images), config.label_map, absent=True), source)
+    return label_like(_mapped(images, config.label_map, absent=True), source)
+
+
+def names_of(source: Source) -> tuple[str, ...]:
+    """The names of the classes; their numbers where they have none."""
+    return source.classes or tuple(map(str, range(int(source.label_array().max()) + 1)))
+
+
+def _mapped(source: Source, names: Mapping[str, str | None], *, absent: bool = False) -> Source:
+    """``source`` with classes called and joined as ``names`` says, those without a new name dropped with their images.
+
+    ``absent``: whether a class may be missing. Raises ConfigError for one that is not there, and for a mixture.
+    """
+    if not names or (not isinstance(source, Several) and source.label_array() is None):
+        return source
+    if isinstance(source, Joined):
+        raise ConfigError("label_map and data.sources exclude each other; mix sources whose classes have the same names")
+    old = names_of(source)
+    for name in names:
+        if name not in old and not absent:
+            near = difflib.get_close_matches(name, old, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(old[:SHOWN])}{', ...' * (len(old) > SHOWN)}"
+            raise ConfigError(f"label_map.{name}: {source.name} has no such class; {hint}")
+    new = [names.get(name, name) for name in old]
+    classes = tuple(dict.fromkeys(name for name in new if name is not None))
+    numbers = np.array([-1 if name is None else classes.index(name) for name in new])
+    if isinstance(source, Several):
+        return renumbered(source, numbers, classes)
+    kept = np.flatnonzero(numbers[source.label_array()] >= 0)
+    return Renumbered(source if len(kept) == source.num_samples else Subset(source, kept), numbers, classes)
+
+
+def _refuse_contradictions(config: FinetuneConfig) -> None:
+    if config.labels == "one":
+        return
+    if config.loss != "bce":
+        raise ConfigError(f"labels=several needs loss=bce: loss={config.loss} takes one class of an image")
+    if config.teacher is not None:
+        raise ConfigError("labels=several and teacher exclude each other: distillation is of one class an image")
+    given = {"labelled": config.labelled, "shots": config.shots, "balance": config.balance or None}
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"labels=several and {name}={value} exclude each other: an image is of no one class to count")
