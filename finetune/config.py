@@ -80,6 +80,7 @@ class LayerwiseConfig(OptimConfig):
 class FinetuneConfig(ProgramConfig):
     """Everything ``python -m finetune`` can be told."""
 
+    seeds: Count = Field(1, description="how many runs, of seed, seed + 1, ..., as NAME-seed0, ...; then mean and interval")
     encoder: str = Field("newest", description="an export (folder, run or .safetensors); newest: the last one below run.dir")
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: the same network from scratch")
     mode: Literal["full", "partial", "linear"] = Field(

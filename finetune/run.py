@@ -9,6 +9,7 @@ from torch import nn
 from finetune.classes import names_of, open_classes, open_test
 from finetune.config import FinetuneConfig
 from finetune.labels import balance, choose_labelled
+from finetune.seeds import run_seeds
 from finetune.several import SeveralEvaluation
 from finetune.teacher import open_teacher, tell_teacher
 from finetune.watch import Evaluation, tested_size
@@ -33,6 +34,14 @@ from vitssl.views import View
 
 def run(config: FinetuneConfig, command: Command) -> int:
     """The program after its command line. Returns the exit code."""
+    if config.seeds > 1:
+        return run_seeds(config, command, run_once)
+    run_once(config, command)
+    return 0
+
+
+def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> bool:
+    """One run; returns whether it is finished. ``last``: of this process, which then leaves the others."""
     report = Report(None if command.flags else run_folder(config), active=dist.rank() == 0)
     asked = config.encoder
     if asked == "newest":
@@ -41,7 +50,6 @@ def run(config: FinetuneConfig, command: Command) -> int:
     config = with_own_statistics(config)
     source = open_training(config, report)
     classes = names_of(source)
-
     teacher = open_teacher(config, classes)
 
     def build() -> Classify:
@@ -58,7 +66,7 @@ def run(config: FinetuneConfig, command: Command) -> int:
 
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
-        return 0
+        return False
     spec = outline(build).encoder.spec
     tested_size(config.test.image_size, spec)  # a size that cannot be is refused before anything is written
     if teacher is not None:
@@ -68,7 +76,7 @@ def run(config: FinetuneConfig, command: Command) -> int:
     if session is None:
         if asked == "newest" and (newer := str(newest_export(config.run.dir))) != config.encoder:
             report.say(f"it began from {config.encoder}; {newer} is newer: take another run.name for that")
-        return 0
+        return True
     test = (SeveralEvaluation if config.labels == "several" else Evaluation)(session, images, classes=classes)
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
     policy = config.augment.rand_augment
@@ -79,12 +87,13 @@ def run(config: FinetuneConfig, command: Command) -> int:
         report.say(f"{session.folder} ended at step {reached:,} by test.patience={config.test.patience}; null goes on")
     else:
         reached = session.fit([view], channels=spec.channels, labels=True, augment=augment, events=[test.event()])
-    if test.ended or reached == session.plan.steps:
+    finished = test.ended or reached == session.plan.steps
+    if finished:
         test.finish()
     else:
         session.tell_stopped(reached, command.typed("finetune", launched=dist.world() > 1))
-    session.engine.end()
-    return 0
+    session.engine.end(leave=last or not finished)
+    return finished
 
 
 def with_own_statistics(config: FinetuneConfig) -> FinetuneConfig:

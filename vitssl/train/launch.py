@@ -178,9 +178,14 @@ class Engine:
                 tracker.store_init_configuration(settings)
         return self.accelerator.trackers
 
-    def end(self) -> None:
-        """Close trackers and the process group."""
-        self.accelerator.end_training()
+    def end(self, *, leave: bool = True) -> None:
+        """Close trackers, and the process group unless this process has another run before it (``leave=False``)."""
+        if leave:
+            self.accelerator.end_training()
+            return
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.free_memory()
 
     def _zero_config(self, stage: int, micro_batch: int) -> dict[str, Any]:
         """DeepSpeed's settings, each written out: its own defaults clip at 1.0 and turn teachers into bf16."""
