@@ -1,20 +1,21 @@
 """``python -m finetune.evaluate``: frozen encoders judged by published protocols, all from one extraction of their features.
 
 ``python -m finetune.evaluate protocol=all encoder=[runs/a,runs/b] data.path=TRAIN test.path=TEST`` answers which encoder is
-best for these images: a row a protocol, a column an encoder. ``random:runs/a`` is the same network before any training.
+best for these images: a row a protocol, a column an encoder. ``random:runs/a`` is the same network before any training. Several
+data sets are named under ``datasets``.
 """
 
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from vitssl.command import help_text, parse
 from vitssl.config import Count, Section, load
+from vitssl.errors import ConfigError
 from vitssl.report import Report, program, show
 from vitssl.sections import DataConfig, Share, Size, SourceConfig
 
@@ -34,15 +35,34 @@ def _known(names: str | list[str]) -> list[str]:
     return names
 
 
+def _files(paths: Any) -> Any:
+    paths = paths if isinstance(paths, list) else [] if paths is None else [paths]
+    for path in paths:
+        if Path(path).suffix not in (".json", ".html"):
+            raise ValueError(f"{path} ends neither in .json (every row) nor in .html (a page to read)")
+    return paths
+
+
+class SetConfig(Section):
+    """One of several data sets."""
+
+    data: DataConfig = Field(DataConfig(), description="labelled images that heads and neighbours are taken from")
+    test: SourceConfig = Field(SourceConfig(), description="labelled images that are judged")
+
+
 class EvaluateConfig(Section):
     """Everything ``python -m finetune.evaluate`` can be told."""
 
     protocol: Annotated[str | list[str], AfterValidator(_known)] = Field("knn", description="one, a list, or all")
     encoder: str | list[str] = Field(
-        "newest", description="exports, official files, timm:TAG, hf:FOLDER, random:EXPORT; newest: the last below runs"
+        "newest",
+        description="exports, official files, timm:TAG, hf:FOLDER, random:EXPORT or TIMM_NAME; newest: the last below runs",
     )
     data: DataConfig = Field(DataConfig(), description="labelled images that heads and neighbours are taken from")
     test: SourceConfig = Field(SourceConfig(), description="labelled images that are judged")
+    datasets: dict[str, SetConfig] = Field(
+        {}, description="several, instead of data and test: {NAME: {data: {path: TRAIN}, test: {path: TEST}}, ...}"
+    )
     pooling: Literal["mean", "class"] | None = Field(None, description="of the tokens; null: what each export says")
     image_size: Size | None = Field(None, description="pixels; null: what each encoder was trained at")
     crop_pct: Share = Field(0.875, description="central part that is looked at (0.875: resize 256, crop 224)")
@@ -51,7 +71,17 @@ class EvaluateConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     batch_size: Count = Field(128, description="images that an encoder looks at together, in each process")
     features: Path = Field(Path("features"), description="folder that keeps extracted features; delete it when you like")
-    out: Path | None = Field(None, description="a .json that every row is written to")
+    out: Annotated[list[Path], BeforeValidator(_files)] = Field(
+        [], description="files to write: a .json of every row, an .html page of the table; one or a list"
+    )
+
+    @property
+    def sets(self) -> dict[str, SetConfig]:
+        """Data sets by name, of which there is at least one. Raises ConfigError where they are given in both ways."""
+        alone = SetConfig(data=self.data, test=self.test)
+        if self.datasets and alone != SetConfig():
+            raise ConfigError("datasets, and data or test beside it, are both given; put each set's settings below its name")
+        return self.datasets or {str(self.test.path): alone}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,47 +94,23 @@ def main(argv: Sequence[str]) -> int:
     config = load(EvaluateConfig, command.config, command.overrides)
     from finetune.judging import evaluate
     from vitssl import dist
+    from vitssl.inspect.comparison import compared, comparison_page, in_lines
 
     report = Report(active=dist.rank() == 0)
-    rows = evaluate(config, report)
+    rows, facts = evaluate(config, report)
     if not rows:  # a process that helped
         return 0
-    report.pairs("accuracy on the test images, 95 % interval (mean over seeds, +- deviation)", table(rows))
-    if config.out is not None:
-        config.out.write_text(json.dumps(rows, indent=1) + "\n")
-        report.say(f"{len(rows):,} rows in {config.out}")
+    sets = compared(rows)
+    for name, lines in sets.items():
+        of = "" if len(sets) == 1 else f"{name}: "
+        report.pairs(f"{of}accuracy on the test images, 95 % interval (mean over seeds, +- deviation)", in_lines(lines))
+    facts["command"] = command.typed("finetune.evaluate", launched=dist.world() > 1)
+    for path in config.out:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page = path.suffix == ".html"
+        path.write_text(comparison_page(sets, facts) if page else json.dumps(rows, indent=1) + "\n")
+        report.say(f"{len(rows):,} rows in {path}")
     return 0
-
-
-def table(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(protocol and setting, a number for each encoder) in the order of the rows."""
-    encoders = list(dict.fromkeys(row["encoder"] for row in rows))
-    cells: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        shots = f" {row['setting']}" if row["protocol"] in ("fewshot", "knn") else ""
-        cells[f"{row['protocol']}{shots}"][row["encoder"]].append(row)
-    lines = [("", "   ".join(f"{_short(each):>24}" for each in encoders))] if len(encoders) > 1 else []
-    for name, found in cells.items():
-        lines.append((name, "   ".join(f"{_in_words(found[each]):>24}" if found[each] else " " * 24 for each in encoders)))
-    return lines
-
-
-def _short(encoder: str) -> str:
-    """What an encoder is called in a column: its last part, behind what stands before a colon."""
-    kind, colon, _ = encoder.partition(":")
-    return f"{kind if colon else ''}{colon}{Path(encoder).name.rpartition(':')[2]}"[-24:]
-
-
-def _in_words(rows: list[dict[str, Any]]) -> str:
-    values = [row["value"] for row in rows]
-    mean = sum(values) / len(values)
-    if rows[0]["interval"] is None:
-        return f"{mean:.4g} ({rows[0]['setting']})"
-    if len(values) > 1:
-        deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-        return f"{mean:.2%} +- {deviation:.2%}"
-    low, high = rows[0]["interval"]
-    return f"{mean:.2%} [{low:.2%}, {high:.2%}]"
 
 
 if __name__ == "__main__":

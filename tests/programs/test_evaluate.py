@@ -100,6 +100,29 @@ def test_a_stopped_extraction_goes_on(exported, data: Path, tmp_path: Path, monk
     assert len(other["mean"]) == 10 and len({path.name for path in tmp_path.iterdir() if path.is_dir()}) == 3
 
 
+def test_several_data_sets(argv: list[str], exported, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A block and a table for each, their mean after them, all in one page; alone each gives the same numbers."""
+    assert main([*argv, "protocol=[knn,spectrum]"]) == 0
+    alone = [row["value"] for row in rows(tmp_path)]
+    own = f"data: {{path: {data}, split: train}}, test: {{path: {data}, split: test}}"
+    words = [word for word in argv if not word.startswith(("data.", "test.", "out="))]
+    out = f"out=[{tmp_path}/rows.json,{tmp_path}/table.html]"
+    capsys.readouterr()
+    assert main([*words, "protocol=[knn,spectrum]", f"datasets={{one: {{{own}}}, two: {{{own}}}}}", out]) == 0
+    found, told = rows(tmp_path), capsys.readouterr().out
+    for name in ("one", "two"):
+        assert [row["value"] for row in found if row["dataset"] == name] == alone and f"{name}: accuracy on" in told
+    page = (tmp_path / "table.html").read_text()
+    assert "mean over data sets: accuracy" in told and "<h2>mean over data sets</h2>" in page
+    assert found[0]["weights"] in page and "train-0.tar" in page and "python -m finetune.evaluate" in page
+    with pytest.raises(ConfigError, match="datasets, and data or test beside it, are both given; put each set"):
+        main([*argv, f"datasets={{one: {{{own}}}}}"])
+    with pytest.raises(ConfigError, match=r"out=.*table.pdf ends neither in .json \(every row\) nor in .html"):
+        main([*words, f"out={tmp_path}/table.pdf"])
+    with pytest.raises(ConfigError, match=r"datasets.one.data.path: has no value"):
+        main([*words, f"datasets={{one: {{test: {{path: {data}}}}}}}"])
+
+
 def test_images_that_cannot_be_used_are_left_out(exported, tmp_path: Path, picture: Callable) -> None:
     (tmp_path / "photos/a").mkdir(parents=True)
     encoder, facts = load_encoder(exported.folder)

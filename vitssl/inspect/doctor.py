@@ -1,7 +1,6 @@
 """What ``vitssl check`` found, in words and as one HTML page that needs nothing else."""
 
 import base64
-import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,13 +9,10 @@ import torch
 from PIL import Image
 
 from vitssl.data.doctor import Findings
+from vitssl.inspect import html
 from vitssl.inspect.pictures import sheet
 
 COLUMNS = 12  # of the contact sheet
-
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse}td{padding:.15em 1em .15em 0;vertical-align:top}td:first-child{color:#777;white-space:nowrap}
-img{image-rendering:auto;max-width:100%}.bar{background:#4a7;height:1em;display:inline-block}code{font-size:90%}"""
 
 
 def in_words(found: Findings) -> list[tuple[str, str]]:
@@ -47,8 +43,7 @@ def in_words(found: Findings) -> list[tuple[str, str]]:
 
 def page(title: str, found: Findings, classes: Sequence[str] | None) -> str:
     """One HTML page: the words, the classes as bars, a contact sheet, and every damaged or double image."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"]
-    parts += [f"<h1>{html.escape(title)}</h1>", _table(in_words(found))]
+    parts = [html.pairs(in_words(found))]
     if found.thumbs:
         parts += ["<h2>Images, spread evenly</h2>", f'<img alt="contact sheet" src="data:image/png;base64,{_sheet(found)}">']
     if found.labels:
@@ -60,13 +55,13 @@ def page(title: str, found: Findings, classes: Sequence[str] | None) -> str:
             )
             for label, count in sorted(found.labels.items())
         ]
-        parts += ["<h2>Classes</h2>", _table(bars, escape=False)]
+        parts += ["<h2>Classes</h2>", html.pairs(bars, plain=False)]
     for name, rows in (
         ("Damaged", [(key, reason) for key, reason in found.damaged]),
         ("The same bytes twice", [(str(number + 1), ", ".join(keys)) for number, keys in enumerate(found.duplicates)]),
     ):
-        parts += [f"<h2>{name}</h2>", _table(rows[:1000])] if rows else []
-    return "\n".join(parts) + "\n"
+        parts += [f"<h2>{name}</h2>", html.pairs(rows[:1000])] if rows else []
+    return html.page(title, parts)
 
 
 def _sheet(found: Findings) -> str:
@@ -76,11 +71,6 @@ def _sheet(found: Findings) -> str:
     buffer = io.BytesIO()
     Image.fromarray(sheet(torch.stack(thumbs).unflatten(0, (-1, columns))).numpy()).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _table(rows: Sequence[tuple[str, str]], *, escape: bool = True) -> str:
-    cells = (f"<tr><td>{html.escape(name)}<td>{html.escape(value) if escape else value}" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

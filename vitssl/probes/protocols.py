@@ -173,6 +173,15 @@ PROTOCOLS: dict[str, Callable[[str, Split, Split, int], list[Judged]]] = {
     "spectrum": _spectrum,
 }
 """By name: (name, training split, test split, seeds) -> rows."""
+SOURCES: dict[str, str] = {
+    "knn": "weighted k-nearest neighbours, temperature 0.07: DINO eval_knn.py",
+    "fewshot": "least squares on a few images of each class: big_vision fewshot_lsr.py",
+    "logistic": "logistic regression by L-BFGS over DINOv2's grid of penalties",
+    **{name: linear.source for name, linear in LINEAR.items()},
+    "attentive": "one learned query over the patch tokens: CAE, I-JEPA",
+    "spectrum": "RankMe (Garrido et al. 2023) and the exponent of alpha-ReQ (Agrawal et al. 2022): no labels are looked at",
+}
+"""What each protocol is and where it was published."""
 
 
 def _batch_size(published: int, num: int) -> int:
