@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from vitssl.command import Command, help_text, parse
-from vitssl.config import Count, Every, Section, load
+from vitssl.config import Count, Every, Section, Time, load
 from vitssl.report import show
 from vitssl.schedule import Duration
-from vitssl.sections import DataConfig, EncoderConfig, Positive, ProgramConfig, Share, SourceConfig
+from vitssl.sections import DataConfig, EncoderConfig, InitConfig, Positive, ProgramConfig, Share, SourceConfig
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "pretrain" / "demo.yaml"
 FLAGS = {
@@ -23,6 +23,22 @@ FLAGS = {
 class TrainingConfig(DataConfig):
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, in units of [0, 1]; ImageNet's")
     std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="per channel, in units of [0, 1]; ImageNet's")
+
+
+class StartConfig(InitConfig):
+    weights: str | None = Field(
+        None, description="to begin with: an export (folder, run, .safetensors), an official file, timm:TAG or hf:FOLDER"
+    )
+    head_warmup: Time | None = Field(
+        None, description="of the run, in which the encoder keeps init.weights; null: 5% with them, else none"
+    )
+
+    @field_validator("head_warmup")
+    @classmethod
+    def _keeps_weights(cls, value: Duration | None, info: ValidationInfo) -> Duration | None:
+        if value is not None and value.value and info.data.get("weights") is None:
+            raise ValueError("is for weights that were given, and init.weights names none; leave it out, or name some")
+        return value
 
 
 class HeldoutConfig(SourceConfig):
@@ -51,9 +67,16 @@ class PretrainConfig(ProgramConfig):
     encoder: EncoderConfig = EncoderConfig()
     objectives: dict[str, dict[str, Any]] = Field({"mae": {}}, description="methods by name, each with its own settings")
     pooling: Literal["mean", "class"] = Field("mean", description="of the tokens, for probes and in encoder.json")
-    weights: Path | None = Field(None, description="an export (folder or run) to start the encoder from")
     heldout: HeldoutConfig = HeldoutConfig()
     probe: ProbeConfig = ProbeConfig()
+    init: StartConfig = StartConfig()
+
+    @property
+    def head_warmup(self) -> Duration:
+        """Fresh heads on given weights warm up alone; an encoder that is fresh as well never waits."""
+        if self.init.head_warmup is not None:
+            return self.init.head_warmup
+        return Duration(0, "steps") if self.init.weights is None else Duration(5, "%")
 
 
 def read(argv: Sequence[str]) -> tuple[PretrainConfig | None, Command]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pretrain.config import PretrainConfig
+from pretrain.start import Start
 from pretrain.watch import Watched, watch
 from vitssl import dist, objectives
 from vitssl.command import Command
@@ -17,7 +18,7 @@ from vitssl.models.plain import PlainMAE
 from vitssl.objectives.mixture import Mixture
 from vitssl.report import Report
 from vitssl.train.bench import bench_step, step_rate
-from vitssl.train.export import encoder_facts, fill_encoder, read_facts, write_export
+from vitssl.train.export import encoder_facts, write_export
 from vitssl.train.folder import run_folder
 from vitssl.train.launch import choose_device
 from vitssl.train.loop import Event
@@ -32,8 +33,10 @@ def run(config: PretrainConfig, command: Command) -> int:
     def build() -> Mixture:
         return build_task(config)
 
-    if config.weights:
-        read_facts(config.weights)  # what is not there is refused before anything is built, also by --plan
+    start = None if "--bench" in command.flags else Start.open(config)
+    if start is not None:  # what cannot be is refused before anything is written, also by --plan
+        start.require_fit(outline(build).encoder, config.encoder)
+    said: list[str] = []
     watched: list[Watched] = []
 
     def open_data(report: Report) -> Source:
@@ -42,8 +45,8 @@ def run(config: PretrainConfig, command: Command) -> int:
         return source
 
     def fill(task: Mixture) -> None:
-        if config.weights:
-            fill_encoder(task.encoder, config.weights)
+        if start is not None:
+            said.extend(start.fill(task.encoder, config))
 
     if command.flags.get("--bench") == "data":
         source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
@@ -54,6 +57,8 @@ def run(config: PretrainConfig, command: Command) -> int:
     elif "--plan" in command.flags:
         show_plan(config, build, open_data, report)
     elif session := begin_session(config, build, open_data, report, fill=fill):
+        for line in said:
+            report.say(line, style="yellow" if line.startswith("warning") else None)
         # the export comes before the last checkpoint: whatever kills the run, one that counts as finished has its export
         events = [*watch(session, *watched), Event(every=session.plan.steps, act=lambda step: export(session))]
         reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=events)

@@ -127,7 +127,7 @@ class Probe:
         }
         report.scalars({f"probe/{key}": value for key, value in values.items()}, step)
         report.rows("probes.jsonl", [{"step": step, **values, "bank": len(self.bank), "queries": len(self.queries)}])
-        before = "the weights it starts from" if self.session.config.weights else "random initialisation"
+        before = "the weights it starts from" if self.session.config.init.weights else "random initialisation"
         what = "raw pixels" if name else before if step == 0 else "encoder"
         report.say(
             f"step {step:,}  {what}: kNN-{config.k} {values[f'{name}knn']:.1%}, ridge {values[f'{name}ridge']:.1%}"

@@ -36,6 +36,7 @@ class Plan:
     costs: list[str] = field(default_factory=list)  # of reading this data, in words
     parameters: dict[str, int] = field(default_factory=dict)  # per rule, counted once each
     memory: dict[str, int] = field(default_factory=dict)  # bytes per process
+    waiting_steps: int = 0  # at the beginning, in which the encoder keeps its weights
 
     @property
     def steps_per_epoch(self) -> float:
@@ -63,6 +64,7 @@ class Plan:
             ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),
             ("batch", batch),
             ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, {then}"),
+            *([("wait", f"{self.waiting_steps:,} steps in which the encoder keeps its weights")] if self.waiting_steps else []),
             ("engine", f"{self.engine}, {self.precision}, {self.device}"),
             *((f"rule {rule}", f"{count:,} parameters") for rule, count in self.parameters.items()),
             ("memory", ", ".join(f"{part} {_bytes(size)}" for part, size in self.memory.items()) + " per process"),

@@ -165,6 +165,11 @@ class ProgramConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     init: InitConfig = InitConfig()
 
+    @property
+    def head_warmup(self) -> Duration:
+        """How long the encoder waits at the beginning, while what is fresh on top of it warms up."""
+        return Duration(0, "steps")
+
 
 CHANGEABLE = (
     "length",
@@ -187,6 +192,6 @@ CHANGEABLE = (
     "probe",
     "heldout",
     "test",
-    "init",
+    "init.resume",
 )
 """Keys that may differ between a run and its continuation: they change no sample, no draw and no update rule."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from outcome import WAIT
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +178,13 @@ def finetune(start: Callable[..., Run], data: Path, exported: Run) -> Callable[.
 def exported(pretrain: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished pretraining of 20 steps with checkpoints at 5, 10, 15 and 20. Copy it before changing anything in it."""
     return pretrain(tmp_path_factory.mktemp("exported") / "run", "checkpoint.every=5", "checkpoint.keep_last=9").ok()
+
+
+@pytest.fixture(scope="session")
+def waited(pretrain: Callable[..., Run], exported: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ten steps from the exported weights, of which the encoder waits for six; a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("waited") / "run"
+    return pretrain(folder, *WAIT, f"init.weights={exported.folder}").ok()
 
 
 @pytest.fixture(scope="session", name="picture")

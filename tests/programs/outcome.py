@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+WAIT = ("init.head_warmup=6", "length=10", "optim.warmup=2", "optim.clip=1.0", "checkpoint.every=1", "checkpoint.keep_last=99")
+
 
 def refused(run, *words: str, lines: int = 1) -> None:
     assert run.codes == [2], run.out + run.err
@@ -12,3 +14,8 @@ def refused(run, *words: str, lines: int = 1) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def equal_bits(tensors: dict, encoder: dict) -> bool:
+    """Whether the encoder of a checkpoint is this one, bit for bit."""
+    return all(tensors[f"state/encoder.vit.{name}"].equal(tensor) for name, tensor in encoder.items())

@@ -76,7 +76,7 @@ def test_a_probe_of_fewer_images_than_processes(
     write_shard(tmp_path / "query.tar", range(1))
     probe = [f"probe.bank.path={data}", "probe.bank.split=train", f"probe.queries.path={tmp_path}/query.tar", "probe.k=1"]
     run = pretrain(
-        tmp_path / "run", *probe, "encoder.image_size=48", "length=1", f"weights={exported.folder}", processes=2
+        tmp_path / "run", *probe, "encoder.image_size=48", "length=1", f"init.weights={exported.folder}", processes=2
     ).ok()
     assert [row["queries"] for row in run.rows("probes.jsonl") if "queries" in row] == [1, 1, 1]
     assert "step 0  the weights it starts from: kNN-1" in run.out and "random initialisation" not in run.out
@@ -111,7 +111,7 @@ def test_compiled_blocks_keep_their_names(pretrain: Callable, exported, tmp_path
 
 
 def test_weights_to_start_from(pretrain: Callable, exported, tmp_path: Path) -> None:
-    run = pretrain(tmp_path / "run", f"weights={exported.folder}", "length=1").ok()  # step 0 has the rate 0: nothing moves
+    run = pretrain(tmp_path / "run", f"init.weights={exported.folder}", "length=1").ok()  # step 0 has the rate 0: nothing moves
     before, after = load_file(exported.folder / "export/encoder.safetensors"), run.tensors()
     assert all(torch.equal(after[f"state/encoder.vit.{name}"], tensor) for name, tensor in before.items())
 

@@ -47,8 +47,8 @@ SETTINGS = {
     "an argument that timm does not know": (["encoder.arguments.norm_layer=foo"], ["timm cannot build it", "'foo'"]),
     "a temperature of nothing": (["probe.temperature=0.001"], ["probe.temperature=0.001: input should be greater than"]),
     "colours of grey images": (GREY, ["photometric: changes the colours of 3 channels", "encoder.channels=1"]),
-    "no weights, not even for a plan": (["weights=/nowhere", "--plan"], ["/nowhere", "does not exist"]),
-    "no weights": (["weights=/nowhere"], ["/nowhere", "does not exist"]),
+    "no weights, not even for a plan": (["init.weights=/nowhere", "--plan"], ["/nowhere", "does not exist"]),
+    "no weights": (["init.weights=/nowhere"], ["/nowhere", "does not exist"]),
 }
 
 
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_architecture(pretrain: Callable, exported, tmp_
     refused(
         run,
         "holds a run of another config (encoder.arguments.embed_dim: 24 -> 32)",
-        "(from this one's export with weights=...)",
+        "(from this one's export with init.weights=...)",
     )
     assert contents(exported.folder) == before
     shutil.copytree(exported.folder, tmp_path / "bare")
@@ -137,8 +137,10 @@ def test_a_checkpoint_of_another_architecture(pretrain: Callable, exported, tmp_
     refused(run, "do not fit the configured network", "of other shape (encoder.vit.", "24", "instead of", "32", "and ")
     run = pretrain(tmp_path / "run", *deep, f"init.resume={tmp_path / 'bare'}")
     refused(run, "12 missing (encoder.vit.blocks.2.")
-    run = pretrain(tmp_path / "other", *deep, f"weights={exported.folder}")
-    refused(run, "12 missing (")
+    run = pretrain(tmp_path / "other", *deep, f"init.weights={exported.folder}")
+    refused(
+        run, f"init.weights={exported.folder}: these weights do not fit", "depth 2 instead of 3; write  encoder: {name: vit_"
+    )
 
 
 FINETUNE = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from outcome import WAIT, equal_bits
 from safetensors.torch import load_file
 
 pytestmark = [
@@ -98,6 +99,26 @@ def test_a_single_process_is_enough(pretrain: Callable, tmp_path: Path, exported
     run = pretrain(tmp_path / "run", "launch.engine=zero2", "length=20", trap=SPY).ok()
     assert "DeepSpeedEngine 2 1" in run.out
     np.testing.assert_allclose(run.losses(), exported.losses(), rtol=1e-5)
+
+
+def test_the_encoder_waits_under_it_too(pretrain: Callable, waited, exported, tmp_path: Path) -> None:
+    """Bit for bit, with moments that begin afterwards; and on from the middle of one process's."""
+    options, given = (*WAIT, f"init.weights={exported.folder}"), load_file(exported.folder / "export/encoder.safetensors")
+    run = pretrain(tmp_path / "run", *options, "launch.engine=zero2", processes=2).ok()
+    for step in (6, 7):
+        ours, theirs = run.tensors(step - 1), waited.tensors(step - 1)
+        assert ours.keys() == theirs.keys() and equal_bits(ours, given) == (step == 6)
+        for name in (name for name in ours if name.startswith("moments/exp_avg_sq/encoder.")):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-9, msg=name)
+            assert ours[name].any() == (step == 7)
+    np.testing.assert_allclose(run.losses(), waited.losses(), rtol=1e-5)
+    shutil.copytree(waited.folder, tmp_path / "again")
+    for step in range(4, 11):
+        shutil.rmtree(tmp_path / f"again/checkpoints/step_{step:08}")
+    on = pretrain(tmp_path / "again", *options, "launch.engine=zero1", processes=2, trap=SPY).ok()
+    assert "DeepSpeedEngine 1 2" in on.out and "from step 3" in on.out
+    assert equal_bits(on.tensors(5), given) and not equal_bits(on.tensors(6), given)
+    np.testing.assert_allclose(on.losses(), waited.losses(), rtol=1e-5)
 
 
 def test_sgd_and_an_average_under_it_equal_ddp_and_go_on(finetune: Callable, tmp_path: Path) -> None:

@@ -6,6 +6,14 @@ from vitssl.errors import CheckpointError
 from vitssl.interop.official import Imported, import_official
 
 
+def is_foreign(source: str) -> bool:
+    """Whether a name is one for :func:`import_weights`, and no export of ours (a folder, or a file beside its .json)."""
+    path = Path(source)
+    if source.partition(":")[0] in ("timm", "hf") or path.suffix in (".pth", ".pt", ".tar", ".bin"):
+        return True
+    return path.suffix == ".safetensors" and path.is_file() and not (path.parent / "encoder.json").is_file()
+
+
 def import_weights(source: str, *, format: str | None = None, heads: int | None = None) -> Imported:
     """The encoder that ``source`` names. ``format`` and ``heads`` are for official files, which may not say them.
 

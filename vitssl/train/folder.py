@@ -64,7 +64,7 @@ def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> N
     if differing:
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(differing[:4])}{'; ...' if len(differing) > 4 else ''});"
-            " take the old values, or begin another run.name (from this one's export with weights=...)"
+            " take the old values, or begin another run.name (from this one's export with init.weights=...)"
         )
 
 

@@ -25,6 +25,7 @@ from vitssl.schedule import Clock
 from vitssl.sections import LaunchConfig, OptimConfig
 from vitssl.task import Batch, Task
 from vitssl.train.optim import MOMENTS, build_optimizer
+from vitssl.train.waiting import Waiting
 from vitssl.views import purpose
 
 # Deprecated in torch 2.15 for a name that older versions lack; Accelerate passes it on.
@@ -116,8 +117,16 @@ class Engine:
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
-    def prepare(self, task: Task, config: OptimConfig, *, lr: float) -> None:
-        """Switch on what ``launch:`` asks for, build the optimiser and wrap the task; from here on only the engine calls it."""
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser below Accelerate's and DeepSpeed's."""
+        return self.wrapped.optimizer.optimizer if self.kind == "deepspeed" else self.optimizer.optimizer
+
+    def prepare(self, task: Task, config: OptimConfig, *, lr: float, waiting: int = 0) -> None:
+        """Switch on what ``launch:`` asks for, build the optimiser and wrap the task; from here on only the engine calls it.
+
+        The encoder keeps its weights for the first ``waiting`` steps of the run.
+        """
         for part in task.modules():
             if hasattr(part, "checkpointing"):
                 part.checkpointing = self.config.checkpointing
@@ -126,7 +135,8 @@ class Engine:
         if not fuses_attention(self.device.type, self.precision):
             fuse_attention(task, False)
         self.task, self.moments = task.to(self.device), MOMENTS[config.name]
-        optimizer = build_optimizer(task, config, lr=lr, device=self.device)
+        self.waiting = Waiting(task, waiting)
+        optimizer = build_optimizer(task, config, lr=lr, device=self.device, waiting=self.waiting.names)
         self.wrapped, self.optimizer = self.accelerator.prepare(task, optimizer)
         self.named_parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}
 
@@ -149,6 +159,7 @@ class Engine:
     def step(self, *, want_norm: bool) -> Tensor | float | None:
         """Clip, move the parameters, clear the gradients. Returns the global gradient norm before clipping if known."""
         if self.kind == "deepspeed":
+            self.waiting.end_step(self.torch_optimizer)
             return self.wrapped.get_global_grad_norm()
         norm = None
         if self.clip is not None or want_norm:
@@ -158,6 +169,7 @@ class Engine:
             if self.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.optimizer.step()
+        self.waiting.end_step(self.torch_optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

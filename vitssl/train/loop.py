@@ -23,7 +23,6 @@ from vitssl.report import Report, duration
 from vitssl.schedule import Clock, Schedule
 from vitssl.task import Batch
 from vitssl.train.launch import Engine
-from vitssl.train.optim import set_lr
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ def _step(
     want_norm: bool,
 ) -> Tensor | float | None:
     engine.seed_step(clock)
-    set_lr(engine.optimizer, lr)
+    engine.waiting.begin_step(clock.step, engine.optimizer, lr=lr)
     sums: dict[str, Tensor] = {}
     for number in range(engine.accumulation):
         waiting = time.perf_counter()

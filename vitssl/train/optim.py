@@ -1,7 +1,7 @@
 """Optimisation: parameter rules as data, each parameter covered by exactly one, and the optimiser built from them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,20 +55,27 @@ def covers(rule: Rule, name: str, parameter: nn.Parameter) -> bool:
     return bool(re.fullmatch(rule.pattern, name)) and rule.vectors in (None, vector)
 
 
-def build_optimizer(task: Task, config: OptimConfig, *, lr: float, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    task: Task, config: OptimConfig, *, lr: float, device: torch.device, waiting: Collection[str] = ()
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or SGD with heavy-ball momentum over the task's rules, fused where the device has it.
 
-    Each group carries ``lr_scale`` and ``rule``; the loop sets ``lr = schedule x lr_scale``.
+    Each group carries ``lr_scale`` and ``rule``; the loop sets ``lr = schedule x lr_scale``. Parameters called in ``waiting``
+    have groups of their own, which say so by ``waits``.
     """
     parameters = dict(task.named_parameters())
     groups = [
         {
-            "params": [parameters[name] for name in group.names],
+            "params": [parameters[name] for name in names],
             "weight_decay": config.weight_decay * group.rule.weight_decay,
+            "decay": config.weight_decay * group.rule.weight_decay,
             "lr_scale": group.rule.lr_scale,
             "rule": group.rule.name,
+            "waits": waits,
         }
         for group in group_parameters(task)
+        for waits in (False, True)
+        if (names := [name for name in group.names if (name in waiting) == waits])
     ]
     fused = device.type in ("cuda", "cpu")
     if config.name == "sgd":
@@ -76,7 +83,9 @@ def build_optimizer(task: Task, config: OptimConfig, *, lr: float, device: torch
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group its share of the scheduled learning rate."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, *, waiting: bool = False) -> None:
+    """Give every group its share of the scheduled learning rate; those that wait get none, and no decay."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        held = waiting and group["waits"]
+        group["lr"] = 0.0 if held else lr * group["lr_scale"]
+        group["weight_decay"] = 0.0 if held else group["decay"]

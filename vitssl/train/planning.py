@@ -11,6 +11,7 @@ from vitssl import dist
 from vitssl.data.layout import choose_layouts, choose_workers, costs, whole_lanes
 from vitssl.data.order import Layout
 from vitssl.data.sources import Source
+from vitssl.errors import ConfigError
 from vitssl.models.twin import Twin
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
@@ -47,8 +48,16 @@ def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:
     return split_batch(config.batch_size, dist.world(), config.micro_batch, fits=fits)
 
 
-def make_plan(config: ProgramConfig, task: Task, source: Source, *, layouts: Sequence[Layout] | None = None) -> Plan:
-    """Every derived number of the run, whose order is laid out as ``layouts`` say where it was begun before.
+def make_plan(
+    config: ProgramConfig,
+    task: Task,
+    source: Source,
+    *,
+    layouts: Sequence[Layout] | None = None,
+    waiting: int | None = None,
+) -> Plan:
+    """Every derived number of the run. ``layouts`` of its order and ``waiting`` steps of its encoder are those that it was
+    begun with, where it was: a share of a longer run would make an encoder wait that has long begun.
 
     Raises ConfigError where the config cannot be run.
     """
@@ -57,6 +66,13 @@ def make_plan(config: ProgramConfig, task: Task, source: Source, *, layouts: Seq
     micro_batch, accumulation = batch_split(config, task)
     samples = source.num_samples
     steps = run_length(config.length, samples=samples, batch_size=config.batch_size)
+    if waiting is None:
+        waiting = config.head_warmup.steps(per_epoch=samples / config.batch_size, total=steps)
+    if waiting >= steps:
+        raise ConfigError(
+            f"init.head_warmup={config.head_warmup}: the encoder would wait for {waiting:,} steps and the run has {steps:,}, so"
+            " it would never train; shorten it, or make the run longer"
+        )
     lr, rule = scaled_lr(config.optim.base_lr, config.optim.lr_rule, config.batch_size)
     groups = group_parameters(task)
     each = activations(task.stacks(), config, precision)
@@ -90,6 +106,7 @@ def make_plan(config: ProgramConfig, task: Task, source: Source, *, layouts: Seq
         costs=costs(source, config.data, layouts, readers=readers),
         parameters={group.rule.name: group.size for group in groups} | others,
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
+        waiting_steps=waiting,
     )
 
 

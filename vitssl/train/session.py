@@ -168,7 +168,8 @@ def begin_session(
     if saved:
         refuse_other_data(saved, source, where=where)
     layouts = [Layout(*each) for each in saved.facts["layouts"]] if saved else None
-    plan = make_plan(config, shape, source, layouts=layouts)
+    waiting = saved.facts.get("waiting", {}).get("steps", 0) if saved else None
+    plan = make_plan(config, shape, source, layouts=layouts, waiting=waiting)
     if start >= plan.steps:
         finished = f"{where} is finished: step {start:,} of {plan.steps:,}. A larger length goes on"
         if where != folder:
@@ -192,7 +193,7 @@ def begin_session(
     report.pairs(f"plan of {folder}", plan.lines())
     if saved:
         report.say(f"continuing {where} from step {start:,}")
-    engine.prepare(task, config.optim, lr=plan.lr)
+    engine.prepare(task, config.optim, lr=plan.lr, waiting=plan.waiting_steps)
     if saved:
         load_optimizer(engine, saved, where=where)
     else:

@@ -33,7 +33,10 @@ def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
         for name, parameter in engine.named_parameters.items():
             for moment in engine.moments:
                 moments[f"{moment}/{name}"] = engine.optimizer.state[parameter][moment]
-    facts = {**facts, "updates": _updates(engine)}
+    updates, waited = _updates(engine, waits=False), _updates(engine, waits=True)
+    facts = {**facts, "updates": updates}
+    if engine.waiting.steps:
+        facts["waiting"] = {"steps": engine.waiting.steps, "updates": waited}
     if engine.accelerator.scaler is not None:
         facts["scaler"] = engine.accelerator.scaler.state_dict()
     saved = Saved(step=step, state=engine.task.state_dict(), moments=moments, facts=facts)
@@ -58,7 +61,8 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
     if names != set(saved.moments):
         odd = sorted(names ^ set(saved.moments))
         raise CheckpointError(f"{where}: moments do not fit the trained parameters ({len(odd)} differ: {', '.join(odd[:3])})")
-    create_optimizer(engine, updates=saved.facts["updates"])
+    waiting = saved.facts.get("waiting", {}).get("updates", 0)
+    create_optimizer(engine, updates=saved.facts["updates"], waiting=waiting)
     if engine.kind == "deepspeed":
         from deepspeed.utils import safe_set_full_optimizer_state
 
@@ -73,26 +77,26 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
         engine.accelerator.scaler.load_state_dict(saved.facts["scaler"])
 
 
-def create_optimizer(engine: Engine, *, updates: int = 0) -> None:
-    """Zero moments, and AdamW's update count, as the optimiser's first step would have made them.
+def create_optimizer(engine: Engine, *, updates: int = 0, waiting: int = 0) -> None:
+    """Zero moments, and AdamW's update count (of what has been ``waiting`` its own), as the optimiser's first step makes them.
 
     Done at once under every engine: DeepSpeed 0.19 links moments to parameters after the first group's first step, when the
     other groups have none yet, and would never find theirs.
     """
-    optimizer = _torch_optimizer(engine)
+    optimizer = engine.torch_optimizer
     counts = isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            count = {"step": torch.tensor(float(updates), device=parameter.device)} if counts else {}
+            number = float(waiting if group["waits"] else updates)
+            count = {"step": torch.tensor(number, device=parameter.device)} if counts else {}
             optimizer.state[parameter] = count | {moment: torch.zeros_like(parameter) for moment in engine.moments}
     if engine.kind == "deepspeed":
         engine.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _updates(engine: Engine) -> int:
-    """How often AdamW has moved the parameters: its bias correction counts these, and skipped fp16 steps are none. SGD: 0."""
-    return int(next(iter(_torch_optimizer(engine).state.values())).get("step", 0))
-
-
-def _torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    return engine.wrapped.optimizer.optimizer if engine.kind == "deepspeed" else engine.optimizer.optimizer
+def _updates(engine: Engine, *, waits: bool) -> int:
+    """How often AdamW has moved the parameters that wait at the beginning, or the others: its bias correction counts these, and
+    skipped fp16 steps are none. SGD: 0."""
+    optimizer = engine.torch_optimizer
+    those = [group["params"][0] for group in optimizer.param_groups if group["waits"] == waits]
+    return int(optimizer.state[those[0]].get("step", 0)) if those else 0
