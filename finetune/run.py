@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ from finetune.watch import Evaluation, tested_size
 from vitssl import dist
 from vitssl.command import Command
 from vitssl.data.augment import erasing, mixer, rand_augment
-from vitssl.data.sources import Source
+from vitssl.data.sources import Several, Source
 from vitssl.data.transforms import check_channels
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
@@ -30,6 +31,8 @@ from vitssl.train.folder import begun_with, run_folder
 from vitssl.train.planning import outline
 from vitssl.train.session import begin_session, show_plan
 from vitssl.views import View
+
+SHOWN = 3  # classes that a message names
 
 
 def run(config: FinetuneConfig, command: Command) -> int:
@@ -77,6 +80,7 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
         if asked == "newest" and (newer := str(newest_export(config.run.dir))) != config.encoder:
             report.say(f"it began from {config.encoder}; {newer} is newer: take another run.name for that")
         return True
+    tell_missing_classes(source, classes, report)
     test = (SeveralEvaluation if config.labels == "several" else Evaluation)(session, images, classes=classes)
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
     policy = config.augment.rand_augment
@@ -116,6 +120,18 @@ def tell_short_average(config: FinetuneConfig, steps: int, report: Report) -> No
         report.say(
             f"warning: ema={config.ema} averages over about {horizon:,.0f} steps, and the run has {steps:,}: the average stays"
             " near where it began; lower ema, or set it to null",
+            style="yellow",
+        )
+
+
+def tell_missing_classes(source: Source, classes: tuple[str, ...], report: Report) -> None:
+    """Warn of classes that are named and that no training image has."""
+    counts = source.counts() if isinstance(source, Several) else np.bincount(source.label_array(), minlength=len(classes))
+    if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
+        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+        report.say(
+            f"warning: {len(missing):,} of {len(classes):,} classes have no image to train on ({shown}), so they are never"
+            f" told; add images, or take them out, as label_map={{{missing[0]}: null}} does",
             style="yellow",
         )
 

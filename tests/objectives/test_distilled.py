@@ -11,7 +11,6 @@ from timm.data import Mixup
 from vitssl.losses import distillation
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead, DistilledHead, head_like
-from vitssl.models.state import with_register
 from vitssl.models.teacher import Teacher
 from vitssl.objectives.classify import Classify
 from vitssl.objectives.distilled import Distilled
@@ -151,25 +150,6 @@ def test_mean_pooling_normalises_the_token_as_well():
                           arguments={"embed_dim": 8, "depth": 1, "num_heads": 2})  # fmt: skip
     tokens = body(torch.randn(2, 3, 16, 16))
     torch.testing.assert_close(head.both(tokens)[1], head.head_dist(head.fc_norm(tokens.prefix[:, 2])))
-
-
-@pytest.mark.parametrize("registers", [0, 2])
-@pytest.mark.parametrize("embedded", [True, False])
-def test_a_new_token_joins_pretrained_weights(registers: int, embedded: bool):
-    """What it begins with is its own; what the others say before the blocks mix them is unchanged."""
-    arguments = {"embed_dim": 8, "depth": 1, "num_heads": 2, "no_embed_class": not embedded}
-    settings = {"image_size": 16, "patch_size": 4, "arguments": arguments}
-    old = Encoder.create("vit_tiny_patch16_224", registers=registers, **settings)
-    new = Encoder.create("vit_tiny_patch16_224", registers=registers + 1, **settings)
-    fresh = new.vit.reg_token.detach()[:, -1].clone()
-    new.load_state(with_register(old.state(), new.state(), pos_prefix=new.vit.pos_prefix))
-    torch.testing.assert_close(new.vit.reg_token[:, -1], fresh)
-    old.vit.blocks, new.vit.blocks = torch.nn.Sequential(), torch.nn.Sequential()
-    images = torch.randn(2, 3, 16, 16)
-    before, after = old.eval()(images), new.eval()(images)
-    torch.testing.assert_close(after.patches, before.patches)
-    torch.testing.assert_close(after.prefix[:, :-1], before.prefix)
-    torch.testing.assert_close(after.prefix[:, -1], new.norm(fresh).expand(2, -1))
 
 
 def test_a_hidden_layer_is_the_papers():

@@ -160,3 +160,13 @@ def test_what_cannot_be_mapped(case: str, tmp_path: Path, picture: Callable) -> 
 
 def test_a_map_reaches_the_command_line(finetune: Callable, tmp_path: Path) -> None:
     refused(finetune(tmp_path / "run", "label_map={9: x}"), "label_map.9: ")
+
+
+def test_a_class_without_images_is_told(finetune: Callable, tmp_path: Path, picture: Callable) -> None:
+    path = as_shard(tmp_path, ["cat", "dog"] * 6, picture)
+    (tmp_path / "about.json").write_text(json.dumps({"classes": ["cat", "dog", "owl"]}))
+    places = (f"data.path={path}", "data.split=null", f"test.path={path}", "test.split=null", "length=1")
+    told = "1 of 3 classes have no image to train on (owl), so they are never told"
+    assert told in finetune(tmp_path / "run", *places).ok().out
+    assert "never told" not in finetune(tmp_path / "mapped", *places, "label_map={owl: null}").ok().out
+    refused(finetune(tmp_path / "even", *places, "balance=true"), "(owl has 0): balance=1 shows every class")

@@ -1,5 +1,6 @@
 """What a user can get wrong: one line (two at most) that says so, exit code 2, no traceback, and nothing lost."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import pytest
 from outcome import contents, refused
+from safetensors.torch import load_file, save_file
+
+from finetune.predict import main as predict
+from vitssl.errors import CheckpointError
 
 RUINED = ["optim.base_lr=3e38", "optim.weight_decay=100", "optim.warmup=0", "checkpoint.every=1"]
 GREY = ["encoder.channels=1", "data.mean=[0.5]", "data.std=[0.5]", "objectives.mae.view.photometric.jitter=0.8"]
@@ -174,3 +179,38 @@ def test_labels_that_are_missing_or_too_many(finetune: Callable, tmp_path: Path,
         (tmp_path / "classes" / name / "one.jpg").write_bytes(picture(1))
     refused(finetune(tmp_path / "run", f"test.path={tmp_path / 'classes'}", "test.split=null"), "has label 4", "has 0 to 3")
     assert not (tmp_path / "run").exists()
+
+
+def test_exports_that_are_not_what_they_say(finetune: Callable, exported, tmp_path: Path) -> None:
+    def changed(name: str, change: Callable[[dict, dict], None]) -> str:
+        """A copy of the export with other facts or tensors."""
+        shutil.copytree(exported.folder / "export", folder := tmp_path / name)
+        facts, state = json.loads((folder / "encoder.json").read_text()), load_file(folder / "encoder.safetensors")
+        change(facts, state)
+        (folder / "encoder.json").write_text(json.dumps(facts))
+        save_file(state, folder / "encoder.safetensors")
+        return f"encoder={folder}"
+
+    def in_part(facts: dict, state: dict) -> None:
+        del state["blocks.1.attn.qkv.weight"]
+
+    def unknown(facts: dict, state: dict) -> None:
+        facts["encoder"]["name"] = "vit_tiny_patch61_224"
+
+    refused(finetune(tmp_path / "run", changed("part", in_part)), "do not fit", "1 missing (blocks.1.attn.qkv.weight)")
+    run = finetune(tmp_path / "run", changed("unknown", unknown))
+    refused(run, "timm", "has no such model; the nearest supported: vit_tiny_")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_classifier_of_another_number_of_classes(finetune: Callable, data: Path, tmp_path: Path) -> None:
+    folder = finetune(tmp_path / "run", "length=1").ok().folder / "export/last"
+    facts = json.loads((folder / "classifier.json").read_text())
+    for change, words in (
+        ({"classes": ["a", "b"]}, "this classifier names 2 classes and its head has 4; export it again"),
+        ({"classes": ["a", "b"], "arguments": facts["arguments"] | {"num_classes": 2}}, "head.weight 4x24 instead of 2x24"),
+    ):
+        (folder / "classifier.json").write_text(json.dumps(facts | change))
+        with pytest.raises(CheckpointError, match=words) as error:
+            predict([str(folder), f"{data}/test-0.tar"])
+        assert "\n" not in str(error.value)

@@ -61,6 +61,8 @@ def test_the_token_begins_beside_the_pretrained_weights(finetune: Callable, expo
     token, positions = after["state/encoder.vit.reg_token"], after["state/encoder.vit.pos_embed"]
     assert token.shape == (1, 1, 24) and 0.01 < token.std() < 0.04
     assert torch.equal(positions[:, [0, *range(2, 18)]], before["pos_embed"]) and not positions[:, 1].any()
+    kept = [name for name in before if not name.startswith(("pos_embed", "norm."))]
+    assert kept and all(torch.equal(after[f"state/encoder.vit.{name}"], before[name]) for name in kept)
 
 
 def test_resumed_it_is_the_same(student, finetune: Callable, teacher: Path, tmp_path: Path) -> None:

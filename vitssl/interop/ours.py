@@ -36,6 +36,10 @@ def encoder_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Encoder
 def classifier_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Classifier:
     """The classifier of an export that has been read. Raises CheckpointError where state and facts do not fit."""
     arguments = facts["arguments"]
+    if (named := len(facts["classes"])) != arguments["num_classes"]:
+        raise CheckpointError(
+            f"this classifier names {named:,} classes and its head has {arguments['num_classes']:,}; export it again"
+        )
     own = {name: arguments[key] for key, name in OWN_KEYS.items() if name and arguments.get(key) is not None}
     further = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
     values = own | {"name": facts["architecture"], "image_size": facts["image_size"], "arguments": further}

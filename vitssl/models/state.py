@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from vitssl.errors import CheckpointError
@@ -22,20 +21,6 @@ def require_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, model
     table = "; ".join(f"{len(keys)} {title} ({_first(keys)})" for title, keys in found.items() if keys)
     only_positions = other == ["pos_embed"] and not (missing or unexpected)
     raise CheckpointError(f"these weights do not fit {model}: {table}" + (f"; {advice}" if only_positions and advice else ""))
-
-
-def with_register(state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, pos_prefix: int) -> dict[str, Tensor]:
-    """The weights of an encoder with one register more, the last: as it begins in ``own`` [1, R, D], at position zero.
-
-    Zero loses nothing: a prefix token and its position are only ever added. ``pos_prefix``: how many of the positions
-    [1, pos_prefix + N, D] of the larger encoder are of prefix tokens; 0 where these have none.
-    """
-    grown, fresh = dict(state), own["reg_token"][:, -1:]
-    grown["reg_token"] = torch.cat([state["reg_token"], fresh], dim=1) if "reg_token" in state else fresh
-    if "pos_embed" in state and pos_prefix:
-        before, after = state["pos_embed"].tensor_split([pos_prefix - 1], dim=1)
-        grown["pos_embed"] = torch.cat([before, torch.zeros_like(fresh), after], dim=1)
-    return grown
 
 
 def by(tensor: Tensor) -> str:

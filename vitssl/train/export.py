@@ -14,13 +14,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
+from vitssl.models.adopt import adopt
 from vitssl.models.encoder import Encoder
-from vitssl.models.state import with_register
 from vitssl.sections import EncoderConfig
 
 NEEDED = ("architecture", "arguments", "image_size", "mean", "std", "pooling")  # and an encoder its section "encoder"
@@ -125,6 +125,7 @@ def encoder_like(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
     encoder = Encoder.create(section.name, **section.model_dump(exclude={"name"}))
     if encoder.vit.pos_embed is not None:
         encoder.vit.pos_embed.requires_grad_(True)
+        encoder.positions = "learned"
     return encoder, facts
 
 
@@ -132,11 +133,15 @@ def fill_encoder(encoder: Encoder, path: Path, *, new_register: bool = False) ->
     """Put an export's weights into an encoder of the same architecture, strictly; positions are resampled to its grid.
 
     A final norm that the encoder has dropped is left out. With ``new_register`` the encoder has one more than the export, its
-    last, which keeps its initial value. Raises CheckpointError with a table of keys.
+    last, which keeps the token and the position it was made with. Raises CheckpointError with a table of keys.
     """
-    state, facts = read_export(path)
     if new_register:
-        state = with_register(state, encoder.state(), pos_prefix=encoder.vit.pos_prefix)
+        other, _ = load_encoder(path)
+        if isinstance(encoder.vit.norm, nn.Identity):
+            other.drop_norm()
+        adopt(encoder, other)
+        return
+    state, facts = read_export(path)
     if not any(name.startswith("norm.") for name in encoder.state()):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     rows, columns = (side // patch for side, patch in zip(facts["image_size"], encoder.spec.patch, strict=True))
