@@ -22,17 +22,16 @@ from vitssl.sections import DataConfig, Share, Size, SourceConfig
 PROTOCOLS = (
     "knn", "fewshot", "logistic", "linear_mae", "linear_moco_v3", "linear_dino", "linear_dinov2", "attentive", "spectrum",
 )  # fmt: skip
+FINETUNE = "finetune"
 EXAMPLE = "protocol=knn encoder=runs/demo data.path=TRAIN test.path=TEST"
 
 
 def _known(names: str | list[str]) -> list[str]:
     names = [names] if isinstance(names, str) else names
-    if "all" in names:
-        return list(PROTOCOLS)
     for name in names:
-        if name not in PROTOCOLS:
-            raise ValueError(f"{name} is no protocol; take some of {', '.join(PROTOCOLS)}, or all")
-    return names
+        if name not in (*PROTOCOLS, FINETUNE, "all"):
+            raise ValueError(f"{name} is no protocol; take some of {', '.join(PROTOCOLS)}, {FINETUNE}, or all")
+    return list(dict.fromkeys(each for name in names for each in (PROTOCOLS if name == "all" else (name,))))
 
 
 def _files(paths: Any) -> Any:
@@ -53,7 +52,9 @@ class SetConfig(Section):
 class EvaluateConfig(Section):
     """Everything ``python -m finetune.evaluate`` can be told."""
 
-    protocol: Annotated[str | list[str], AfterValidator(_known)] = Field("knn", description="one, a list, or all")
+    protocol: Annotated[str | list[str], AfterValidator(_known)] = Field(
+        "knn", description="one, a list, or all: every one but finetune, which trains whole networks (protocol=[all,finetune])"
+    )
     encoder: str | list[str] = Field(
         "newest",
         description="exports, official files, timm:TAG, hf:FOLDER, random:EXPORT or TIMM_NAME; newest: the last below runs",
@@ -70,7 +71,12 @@ class EvaluateConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the encoder; heads are trained in fp32 or better")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     batch_size: Count = Field(128, description="images that an encoder looks at together, in each process")
-    features: Path = Field(Path("features"), description="folder that keeps extracted features; delete it when you like")
+    finetune: dict[str, Any] = Field(
+        {}, description="of protocol=finetune: settings of python -m finetune that replace its own, as {length: 50ep}"
+    )
+    features: Path = Field(
+        Path("features"), description="folder that keeps features and fine-tuning runs; delete it when you like"
+    )
     out: Annotated[list[Path], BeforeValidator(_files)] = Field(
         [], description="files to write: a .json of every row, an .html page of the table; one or a list"
     )

@@ -3,44 +3,26 @@
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from finetune.encoders import open_encoder
-from finetune.evaluate import EvaluateConfig, SetConfig
+from finetune.evaluate import FINETUNE, EvaluateConfig, SetConfig
+from finetune.tuned import SOURCE, Judging, Labelled, finetuned, settings_of
 from vitssl import dist
 from vitssl.data.feed import open_configured
 from vitssl.data.layout import choose_workers
 from vitssl.data.sources import Source, label_like
 from vitssl.errors import DataError
 from vitssl.models.encoder import Encoder
-from vitssl.probes.protocols import SOURCES, Split, judge, needed, wilson
+from vitssl.probes.protocols import SOURCES, Judged, Split, judge, needed, wilson
 from vitssl.report import Report
 from vitssl.train.export import newest_export
 from vitssl.train.frozen import Extraction, frozen_features, weights_hash
 from vitssl.views import View
 
 Facts = dict[str, Any]
-
-
-class Judging(NamedTuple):
-    """An encoder that is judged."""
-
-    name: str
-    encoder: Encoder
-    facts: Facts
-    pooling: str
-    weights: str  # its hash
-
-
-class Labelled(NamedTuple):
-    """A data set that encoders are judged on."""
-
-    name: str
-    config: SetConfig
-    train: Source
-    test: Source
 
 
 def evaluate(config: EvaluateConfig, report: Report) -> tuple[list[dict[str, Any]], Facts]:
@@ -50,6 +32,8 @@ def evaluate(config: EvaluateConfig, report: Report) -> tuple[list[dict[str, Any
     Raises ConfigError, DataError and CheckpointError.
     """
     dist.begin()
+    if FINETUNE in config.protocol:
+        settings_of(config)
     sets = [_open(name, each, config, report) for name, each in config.sets.items()]
     names = [config.encoder] if isinstance(config.encoder, str) else config.encoder
     names = [str(newest_export(Path("runs"))) if name == "newest" else name for name in names]
@@ -70,24 +54,36 @@ def _open(name: str, own: SetConfig, config: EvaluateConfig, report: Report) -> 
 
 
 def _judging(name: str, config: EvaluateConfig) -> Judging:
-    encoder, facts, _ = open_encoder(name, image_size=config.image_size)
+    encoder, facts, section = open_encoder(name, image_size=config.image_size)
     pooling = config.pooling or facts["pooling"]
     encoder.spec.refuse_pooling(pooling)
-    return Judging(name, encoder, facts, pooling, weights_hash(encoder))
+    return Judging(name, encoder, facts, section, pooling, weights_hash(encoder))
 
 
 def _judge(own: Labelled, each: Judging, config: EvaluateConfig, report: Report) -> list[dict[str, Any]]:
     """The rows of an encoder on a data set; its features are freed with the end of this function."""
-    parts = [_split(each, source, own.config, config, report) for source in (own.train, own.test)]
     rows = []
-    for protocol in config.protocol if dist.rank() == 0 else ():
-        report.say(f"{each.name}: {protocol}" + (f" on {own.name}" if config.datasets else ""))
-        for found in judge(protocol, *parts, seeds=config.seeds):
-            images = len(parts[1].labels) if found.protocol not in ("rankme", "alpha_req") else 0
-            interval = wilson(found.value, images) if images else None
-            said = {"dataset": own.name, "encoder": each.name, **found._asdict(), "interval": interval, "images": images}
-            rows.append(said | {"pooling": each.pooling, "weights": each.weights})
-    return rows
+
+    def add(found: Judged, images: int) -> None:
+        images = 0 if found.protocol in ("rankme", "alpha_req") else images
+        said = {"dataset": own.name, "encoder": each.name, **found._asdict(), "images": images}
+        said |= {"interval": wilson(found.value, images) if images else None}
+        rows.append(said | {"pooling": each.pooling, "weights": each.weights})
+
+    def tell(what: str) -> None:
+        report.say(f"{each.name}: {what}" + (f" on {own.name}" if config.datasets else ""))
+
+    if frozen := [name for name in config.protocol if name != FINETUNE]:
+        parts = [_split(each, source, own.config, config, report) for source in (own.train, own.test)]
+        for protocol in frozen if dist.rank() == 0 else ():
+            tell(protocol)
+            for found in judge(protocol, *parts, seeds=config.seeds):
+                add(found, len(parts[1].labels))
+    if FINETUNE in config.protocol:
+        tell(FINETUNE)
+        for result in finetuned(own, each, config, report):
+            add(*result)
+    return rows if dist.rank() == 0 else []
 
 
 def _split(each: Judging, source: Source, own: SetConfig, config: EvaluateConfig, report: Report) -> Split:
@@ -141,6 +137,6 @@ def _facts(config: EvaluateConfig, sets: Sequence[Labelled], judged: Sequence[Ju
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "datasets": {each.name: of_set(each) for each in sets},
         "encoders": {each.name: of_encoder(each) for each in judged},
-        "protocols": [(name, SOURCES[name]) for name in config.protocol],
+        "protocols": [(name, (SOURCES | {FINETUNE: SOURCE})[name]) for name in config.protocol],
         "settings": [(name, str(value)) for name, value in own.items()],
     }

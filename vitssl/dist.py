@@ -1,10 +1,13 @@
 """Processes: who we are, how many, and the few collectives the library needs. All of them work on one process alone."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+_PATIENCE = timedelta(days=7)  # where the first process works on alone, as when it trains heads, others wait for it
 
 
 def rank() -> int:
@@ -20,7 +23,7 @@ def world() -> int:
 def begin() -> None:
     """Join the processes that a launcher started, where no engine does it."""
     if "RANK" in os.environ and world() > 1 and not _started():
-        td.init_process_group("gloo")
+        td.init_process_group("gloo", timeout=_PATIENCE)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

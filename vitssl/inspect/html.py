@@ -15,8 +15,10 @@ table{border-collapse:collapse}
 td,th{padding:.2em 1.2em .2em 0;vertical-align:top;text-align:left}
 td:first-child{color:var(--dim);white-space:nowrap}
 table.pairs td:last-child{overflow-wrap:anywhere}
-table.grid td,table.grid th{padding:.4em .9em;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
-table.grid th{font-weight:600;vertical-align:bottom;border-bottom:2px solid var(--line);overflow-wrap:anywhere;min-width:6.5em}
+table.grid td,table.grid th{padding:.4em .9em;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums;
+white-space:nowrap}
+table.grid th{font-weight:600;vertical-align:bottom;border-bottom:2px solid var(--line);white-space:normal;
+overflow-wrap:anywhere;min-width:8em}
 table.grid td:first-child,table.grid th:first-child{position:sticky;left:0;background:var(--paper);padding-left:0;
 color:var(--ink);white-space:normal;min-width:8em}
 table.grid td.best{background:var(--best);font-weight:700}.best .dim{font-weight:normal}
