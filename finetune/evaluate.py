@@ -57,7 +57,7 @@ class EvaluateConfig(Section):
     )
     encoder: str | list[str] = Field(
         "newest",
-        description="exports, official files, timm:TAG, hf:FOLDER, random:EXPORT or TIMM_NAME; newest: the last below runs",
+        description="exports, official files, timm:TAG, hf:FOLDER, random:EXPORT or TIMM_NAME; newest: last below runs",
     )
     data: DataConfig = Field(DataConfig(), description="labelled images that heads and neighbours are taken from")
     test: SourceConfig = Field(SourceConfig(), description="labelled images that are judged")
@@ -67,6 +67,11 @@ class EvaluateConfig(Section):
     pooling: Literal["mean", "class"] | None = Field(None, description="of the tokens; null: what each export says")
     image_size: Size | None = Field(None, description="pixels; null: what each encoder was trained at")
     crop_pct: Share = Field(0.875, description="central part that is looked at (0.875: resize 256, crop 224)")
+    crops: Count = Field(
+        1,
+        description="of linear protocols: random crops (area 0.08 to 1, flips) of each training image that are extracted; epoch"
+        " e is shown number e mod this, where the papers take new ones each epoch; 1: the centre crop",
+    )
     seeds: Count = Field(3, description="of what is drawn: few shots, the order of batches, first weights")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the encoder; heads are trained in fp32 or better")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")

@@ -1,10 +1,12 @@
 """Frozen encoders, their features on labelled sets, and what each protocol makes of them."""
 
 import datetime
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune.encoders import open_encoder
@@ -16,7 +18,7 @@ from vitssl.data.layout import choose_workers
 from vitssl.data.sources import Source, label_like
 from vitssl.errors import DataError
 from vitssl.models.encoder import Encoder
-from vitssl.probes.protocols import SOURCES, Judged, Split, judge, needed, wilson
+from vitssl.probes.protocols import LINEAR, SOURCES, Judged, Split, judge, needed, wilson
 from vitssl.report import Report
 from vitssl.train.export import newest_export
 from vitssl.train.frozen import Extraction, frozen_features, weights_hash
@@ -74,7 +76,7 @@ def _judge(own: Labelled, each: Judging, config: EvaluateConfig, report: Report)
         report.say(f"{each.name}: {what}" + (f" on {own.name}" if config.datasets else ""))
 
     if frozen := [name for name in config.protocol if name != FINETUNE]:
-        parts = [_split(each, source, own.config, config, report) for source in (own.train, own.test)]
+        parts = _train_split(each, own, config, report), _test_split(each, own, config, report)
         for protocol in frozen if dist.rank() == 0 else ():
             tell(protocol)
             for found in judge(protocol, *parts, seeds=config.seeds):
@@ -86,13 +88,39 @@ def _judge(own: Labelled, each: Judging, config: EvaluateConfig, report: Report)
     return rows if dist.rank() == 0 else []
 
 
-def _split(each: Judging, source: Source, own: SetConfig, config: EvaluateConfig, report: Report) -> Split:
-    """The features of a set that the protocols ask for, on the device."""
-    encoder, device = each.encoder, config.device
-    size = encoder.spec.image_size
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def _train_split(each: Judging, own: Labelled, config: EvaluateConfig, report: Report) -> Split:
+    """The training images' centre crops, and the random ones that linear protocols see."""
+    kinds = _kinds(each.encoder, needed(config.protocol), each.pooling)
+    views = [_centre(each, config)]
+    if config.crops > 1 and (linear := [name for name in config.protocol if name in LINEAR]):
+        views += [View(views[0].size, scale=(0.08, 1.0), flip=0.5, copy=number) for number in range(config.crops)]
+        crop_kinds = _kinds(each.encoder, needed(linear), each.pooling)
+    found = []
+    for number, view in enumerate(views):
+        found.append(_features(each, own.train, view, crop_kinds if number else kinds, own.config, config, report))
+    rows = functools.reduce(np.intersect1d, [rows for _, rows in found])
+    centre, *crops = (_taken(values, rows, own.train, each, config) for values, _ in found)
+    return Split(centre, _labels(own.train, rows, config), tuple(crops))
+
+
+def _test_split(each: Judging, own: Labelled, config: EvaluateConfig, report: Report) -> Split:
+    kinds = _kinds(each.encoder, needed(config.protocol), each.pooling)
+    values, rows = _features(each, own.test, _centre(each, config), kinds, own.config, config, report)
+    return Split(_taken(values, rows, own.test, each, config), _labels(own.test, rows, config))
+
+
+def _centre(each: Judging, config: EvaluateConfig) -> View:
+    size = each.encoder.spec.image_size
+    return View(size=size, resize=round(min(size) / config.crop_pct))
+
+
+def _features(
+    each: Judging, source: Source, view: View, kinds: Sequence[str], own: SetConfig, config: EvaluateConfig, report: Report
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What the encoder makes of a view of a source's images: (mapped files, rows that could be used)."""
+    device = _device(config)
     how = Extraction(
-        View(size=size, resize=round(min(size) / config.crop_pct)),
+        view,
         own.data.mean or each.facts["mean"],
         own.data.std or each.facts["std"],
         device=device,
@@ -100,14 +128,26 @@ def _split(each: Judging, source: Source, own: SetConfig, config: EvaluateConfig
         batch_size=config.batch_size,
         workers=choose_workers(own.data, device=device),
     )
-    kinds = _kinds(encoder, needed(config.protocol), each.pooling)
     options = {"folder": config.features, "tell": report.say, "weights": each.weights}
-    found, rows = frozen_features(encoder, source, own.data, how, kinds, **options)
+    return frozen_features(each.encoder, source, own.data, how, kinds, **options)
+
+
+def _taken(
+    found: dict[str, np.ndarray], rows: np.ndarray, source: Source, each: Judging, config: EvaluateConfig
+) -> dict[str, torch.Tensor]:
+    """These rows of files, on the device."""
     whole = len(rows) == source.num_samples  # then files that are larger than memory stay where they are
     features = {kind: torch.from_numpy(values if whole else values[rows]) for kind, values in found.items()}
-    features = {kind: values if kind == "patches" else values.to(device) for kind, values in features.items()}
-    labels = torch.from_numpy(source.label_array()[rows]).to(device)
-    return Split(features | {"pooled": features[each.pooling]}, labels)
+    features = {kind: values if kind == "patches" else values.to(_device(config)) for kind, values in features.items()}
+    return features | {"pooled": features[each.pooling]}
+
+
+def _labels(source: Source, rows: np.ndarray, config: EvaluateConfig) -> torch.Tensor:
+    return torch.from_numpy(source.label_array()[rows]).to(_device(config))
+
+
+def _device(config: EvaluateConfig) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
 
 
 def _kinds(encoder: Encoder, asked: Sequence[str], pooling: str) -> tuple[str, ...]:
@@ -132,11 +172,11 @@ def _facts(config: EvaluateConfig, sets: Sequence[Labelled], judged: Sequence[Ju
         step = f", step {each.facts['step']:,}" if "step" in each.facts else ""
         return [*rows, ("from", f"{each.facts.get('run', each.name)}{step}"), ("weights", each.weights)]
 
-    own = {"crop_pct": config.crop_pct, "seeds": config.seeds, "precision": config.precision, "batch_size": config.batch_size}
+    told = ("crop_pct", "crops", "seeds", "precision", "batch_size")
     return {
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "datasets": {each.name: of_set(each) for each in sets},
         "encoders": {each.name: of_encoder(each) for each in judged},
         "protocols": [(name, (SOURCES | {FINETUNE: SOURCE})[name]) for name in config.protocol],
-        "settings": [(name, str(value)) for name, value in own.items()],
+        "settings": [(name, str(getattr(config, name))) for name in told],
     }

@@ -35,7 +35,8 @@ RECIPE: dict[str, Any] = {
     "test": {"every": "100%"},
     "log": {"trackers": []},
 }
-OURS = ("encoder", "weights", "run", "seed", "data", "init", "image_size", "labelled", "shots")  # what evaluate decides
+# what evaluate decides
+OURS = ("encoder", "weights", "run", "seed", "seeds", "data", "init", "image_size", "labels", "labelled", "shots")
 
 
 class Judging(NamedTuple):

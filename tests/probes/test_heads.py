@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from vitssl.probes.batches import Shuffled
 from vitssl.probes.heads import LinearHeads, Recipe, best_head, train_heads
+from vitssl.schedule import Schedule
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation"
 CONFIG = json.loads((GOLDEN / "meta.json").read_text())["config"]
@@ -97,3 +99,25 @@ def test_the_shape_of_a_run() -> None:
         patch.setattr(LinearHeads, "step", lambda self, x, y, rate: (rates.append(rate.tolist()), step(self, x, y, rate))[1])
         train_heads(*train, Recipe((2.0, 1.0), epochs=5, batch_size=32, warmup=1), num_classes=3)
     assert len(rates) == 15 and rates[0] == [0.0, 0.0] and rates[3] == [2.0, 1.0] and 0 < rates[-1][0] < 0.05
+
+
+@pytest.mark.parametrize("num_views", [1, 3])
+def test_an_epoch_is_shown_its_view(num_views: int) -> None:
+    """Against heads stepped by hand; one view is what no view is."""
+    draw = torch.Generator().manual_seed(0)
+    views = [torch.randn(50, 6, generator=draw) for _ in range(num_views)]
+    labels = torch.randint(3, (50,), generator=draw)
+    recipe = Recipe((0.1, 0.5), epochs=5, batch_size=16, warmup=1)
+    found = train_heads(views, labels, recipe, num_classes=3, seed=4)
+    expected = LinearHeads(recipe, width=6, num_classes=3, seed=4)
+    batches = list(Shuffled(50, epochs=5, batch_size=16, seed=4, device=torch.device("cpu")))
+    schedule = Schedule(peak=1.0, final=0.0, warmup=3, total=15)
+    assert len(batches) == 15
+    for epoch in range(5):
+        for step in range(3 * epoch, 3 * epoch + 3):
+            rates = torch.tensor(recipe.rates) * schedule.at(step)
+            expected.step(views[epoch % num_views][batches[step]], labels[batches[step]], rates)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=0, atol=0)
+    if num_views == 1:
+        alone = train_heads(views[0], labels, recipe, num_classes=3, seed=4)
+        torch.testing.assert_close(alone.weights, found.weights, rtol=0, atol=0)

@@ -36,6 +36,20 @@ def test_settings_are_chosen_on_what_is_held_out() -> None:
         ]
 
 
+def test_linear_heads_are_trained_on_crops_alone() -> None:
+    """Crops that tell where the centres do not: linear heads learn from them; the centre crop as the only one is no change."""
+    told, blind = split(400, seed=0, told=5.0), split(400, seed=2, told=0.0)
+    test = split(200, seed=1, told=5.0)
+    shown = Split(blind.features, told.labels, (told.features, told.features))
+    for name in ("linear_mae", "linear_dinov2"):
+        as_now = judge(name, told, test, seeds=1)
+        (row,) = judge(name, Split(told.features, told.labels, (told.features,)), test, seeds=1)
+        assert row.setting == f"{as_now[0].setting}, 1 crops" and row.value == as_now[0].value
+    (row,) = judge("linear_mae", shown, test, seeds=1)
+    assert row.value > 0.9 and row.setting.endswith(", 2 crops")
+    assert shown.take(shown.labels == 1).crops[1]["pooled"].shape == told.features["pooled"][told.labels == 1].shape
+
+
 def test_seeds_give_rows_of_their_own() -> None:
     rows = judge("fewshot", split(400, seed=0, told=2.0), split(200, seed=1, told=2.0), seeds=3)
     assert {row.setting for row in rows} == {"1 shots", "5 shots", "10 shots", "25 shots"} and {row.seed for row in rows} == {

@@ -20,7 +20,7 @@ from vitssl.probes.knn import knn_accuracy
 from vitssl.sections import DataConfig
 from vitssl.train import frozen
 from vitssl.train.export import load_encoder
-from vitssl.train.frozen import Extraction, frozen_features
+from vitssl.train.frozen import Extraction, extracted, frozen_features
 from vitssl.train.layers import KINDS, Feature
 from vitssl.views import View
 
@@ -138,6 +138,49 @@ def test_images_that_cannot_be_used_are_left_out(exported, tmp_path: Path, pictu
     (tmp_path / "bad/0.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of 1 images can be used"):
         frozen_features(encoder, open_source(tmp_path / "bad"), DataConfig(), how, ["mean"], **options)
+
+
+def test_crops_are_functions_of_the_image(exported, data: Path, tmp_path: Path) -> None:
+    """Each number its own crop, the same for one image alone, in a resumed extraction and on the second of two processes."""
+    encoder, facts = load_encoder(exported.folder)
+    source = open_source(data, split="train")
+    views = [View(size=encoder.spec.image_size, scale=(0.08, 1.0), flip=0.5, copy=number) for number in range(2)]
+    found = []
+    for number, view in enumerate(views):
+        how = Extraction(view, facts["mean"], facts["std"], batch_size=7)
+        options = {"folder": tmp_path / "kept", "tell": lambda text: None}
+        files, _ = frozen_features(encoder, source, DataConfig(), how, ["mean"], **options)
+        found.append(np.array(files["mean"]))
+        (flags,) = (tmp_path / "kept").glob("*/mean.done.npy")
+        marks = np.lib.format.open_memmap(flags, mode="r+")
+        marks[17:41] = 0  # as if it had been stopped
+        marks.flush()
+        files["mean"][17:41] = 0
+        again, _ = frozen_features(encoder, source, DataConfig(), how, ["mean"], **options)
+        np.testing.assert_allclose(again["mean"], found[number], atol=1e-6)
+        shutil.rmtree(tmp_path / "kept")
+        samples = evaluation_samples(source, DataConfig(), [view], channels=3)
+        second = extracted(encoder, source, DataConfig(), how, [Feature("mean")], positions=np.arange(1, 60, 2))
+        rows = {int(place): row for batch, own in second for place, row in zip(batch.positions, own[Feature("mean")])}
+        for place in (1, 33, 59):
+            np.testing.assert_allclose(rows[place], found[number][place], atol=1e-6)
+            pixels = samples[place].views[view].float() / 255
+            with torch.no_grad():
+                images = (pixels - torch.tensor(facts["mean"])[:, None, None]) / torch.tensor(facts["std"])[:, None, None]
+                np.testing.assert_allclose(encoder(images).pool("mean")[0], found[number][place], atol=1e-5)
+    assert np.abs(found[0] - found[1]).max(axis=1).min() > 1e-4, "no image is cropped twice alike"
+
+
+def test_crops_in_the_table(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = [*argv, "protocol=[knn,linear_moco_v3]", "seeds=1"]
+    assert main([*words, "crops=1"]) == 0
+    knn, linear = [row for row in rows(tmp_path) if row["protocol"] == "knn"], rows(tmp_path)[-1]
+    assert main([*words, "crops=3"]) == 0
+    assert capsys.readouterr().out.count("to look at") == 2 + 3, "the centre crops are there"
+    assert [row for row in rows(tmp_path) if row["protocol"] == "knn"] == knn, "crops are for linear heads"
+    assert rows(tmp_path)[-1]["setting"] == f"{linear['setting']}, 3 crops"
+    assert main([*argv, "protocol=knn", "crops=4"]) == 0
+    assert "to look at" not in capsys.readouterr().out, "nobody asks for the fourth"
 
 
 def test_two_processes_extract_the_same(argv: list[str], tmp_path: Path, start: Callable) -> None:

@@ -7,6 +7,7 @@ biases are neither scaled nor decayed.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,18 +101,24 @@ class LinearHeads:
         return torch.where((size > 0) & (step > 0), self.recipe.lars * size / step, 1.0)
 
 
-def train_heads(features: Tensor, labels: Tensor, recipe: Recipe, *, num_classes: int, seed: int = 0) -> LinearHeads:
+def train_heads(
+    features: Tensor | Sequence[Tensor], labels: Tensor, recipe: Recipe, *, num_classes: int, seed: int = 0
+) -> LinearHeads:
     """Heads trained on features [N, D] with ``labels`` [N], a cosine from each rate to 0 after a linear warm-up.
 
-    Batches are those of :class:`Shuffled`.
+    Of several views of the same samples, each [N, D], epoch e is shown view e mod their number. Batches are those of
+    :class:`Shuffled`.
     """
-    batches = Shuffled(len(features), epochs=recipe.epochs, batch_size=recipe.batch_size, seed=seed, device=features.device)
+    views = [features] if isinstance(features, Tensor) else list(features)
+    num, device = len(labels), views[0].device
+    batches = Shuffled(num, epochs=recipe.epochs, batch_size=recipe.batch_size, seed=seed, device=device)
     total = len(batches)
-    heads = LinearHeads(recipe, width=features.shape[1], num_classes=num_classes, seed=seed, device=features.device)
+    heads = LinearHeads(recipe, width=views[0].shape[1], num_classes=num_classes, seed=seed, device=device)
     schedule = Schedule(peak=1.0, final=0.0, warmup=min(total, round(recipe.warmup * batches.per_epoch)), total=total)
-    rates = torch.tensor(recipe.rates, device=features.device)
+    rates = torch.tensor(recipe.rates, device=device)
     for step, rows in enumerate(batches):
-        losses = heads.step(features[rows].float(), labels[rows], rates * schedule.at(step))
+        view = views[step // batches.per_epoch % len(views)]
+        losses = heads.step(view[rows].float(), labels[rows], rates * schedule.at(step))
     assert not math.isnan(losses.min()), "the smallest rate of a grid does not diverge"
     return heads
 

@@ -3,6 +3,11 @@
 Where a protocol has a setting to choose (a learning rate, a penalty), it is chosen on a tenth of the training samples that is
 held out for that, and the head is then trained again on all of them; the test split is looked at once. Surprising: the papers
 that publish a grid often report the best of it on the test split itself, so theirs may be a little higher.
+
+The published linear protocols take a new random crop and flip of each training image in each epoch, endlessly many. A split
+may carry K such views of its images (``crops``): epoch e trains on view e mod K, so as many as epochs are what is published.
+Without any they see the centre crop, as everything else always does: neighbours, what is held out, and the test images. Crops
+are torchvision's, bicubic; MoCo v3 and DINO resize bilinearly, and MAE tries a crop once where torchvision tries ten times.
 """
 
 import math
@@ -29,14 +34,19 @@ _ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Split:
-    """Features by kind (``class``, ``mean``, ``class_4``: [N, D]; ``patches``: [N, P, D]) with ``labels`` [N]."""
+    """Features by kind (``class``, ``mean``, ``class_4``: [N, D]; ``patches``: [N, P, D]) with ``labels`` [N].
+
+    ``crops``: the same of random crops of the same images, which linear heads are trained on; none: on ``features``.
+    """
 
     features: Mapping[str, Tensor]
     labels: Tensor
+    crops: tuple[Mapping[str, Tensor], ...] = ()
 
     def take(self, rows: Tensor) -> "Split":
         """Some of the samples."""
-        return Split({kind: values[rows] for kind, values in self.features.items()}, self.labels[rows])
+        features, *crops = ({kind: values[rows] for kind, values in view.items()} for view in (self.features, *self.crops))
+        return Split(features, self.labels[rows], tuple(crops))
 
 
 class Judged(NamedTuple):
@@ -65,18 +75,18 @@ LINEAR: dict[str, Linear] = {
     "linear_mae": Linear(
         Recipe(rates=(0.1,), epochs=90, batch_size=16384, warmup=10, lars=0.001, batch_norm=True),
         _own,
-        "MAE main_linprobe.py, without its random crops",
+        "MAE main_linprobe.py",
     ),
-    "linear_moco_v3": Linear(Recipe(rates=(3.0,), epochs=90, batch_size=1024), _own, "MoCo v3 main_lincls.py, without crops"),
+    "linear_moco_v3": Linear(Recipe(rates=(3.0,), epochs=90, batch_size=1024), _own, "MoCo v3 main_lincls.py"),
     "linear_dino": Linear(
         Recipe(rates=(1e-3,), epochs=100, batch_size=1024),
         lambda width: ("class_4",) if width <= 384 else ("class+mean",),
-        "DINO eval_linear.py, without its random crops",
+        "DINO eval_linear.py",
     ),
     "linear_dinov2": Linear(
         Recipe(rates=_DINOV2_RATES, epochs=10, batch_size=1024),
         lambda width: ("class", "class+mean", "class_4", "class_4+mean"),
-        "DINOv2 eval/linear.py: its grid, without its random crops",
+        "DINOv2 eval/linear.py: its grid",
     ),
 }
 
@@ -134,16 +144,17 @@ def _linear(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
     if len(kinds) > 1 or len(recipe.rates) > 1:
         fit, held, found = *_held_out(train), []
         for kind in kinds:
-            heads = train_heads(_kind(fit, kind), fit.labels, recipe, num_classes=_classes(train, test))
+            heads = train_heads(_shown(fit, kind), fit.labels, recipe, num_classes=_classes(train, test))
             number, accuracy = best_head(heads, _kind(held, kind), held.labels)
             found.append((accuracy, kind, recipe.rates[number]))
         _, *chosen = max(found, key=lambda row: row[0])
     kind, rate = chosen
     rows, alone = [], replace(recipe, rates=(rate,))
     for seed in range(seeds):
-        heads = train_heads(_kind(train, kind), train.labels, alone, num_classes=_classes(train, test), seed=seed)
+        heads = train_heads(_shown(train, kind), train.labels, alone, num_classes=_classes(train, test), seed=seed)
         (value,) = heads.accuracies(_kind(test, kind), test.labels)
-        rows.append(Judged(name, f"{kind}, lr {rate:.3g}", value, seed))
+        crops = f", {len(train.crops)} crops" if train.crops else ""
+        rows.append(Judged(name, f"{kind}, lr {rate:.3g}{crops}", value, seed))
     return rows
 
 
@@ -177,7 +188,7 @@ SOURCES: dict[str, str] = {
     "knn": "weighted k-nearest neighbours, temperature 0.07: DINO eval_knn.py",
     "fewshot": "least squares on a few images of each class: big_vision fewshot_lsr.py",
     "logistic": "logistic regression by L-BFGS over DINOv2's grid of penalties",
-    **{name: linear.source for name, linear in LINEAR.items()},
+    **{name: f"{linear.source}; random crops as crops= says" for name, linear in LINEAR.items()},
     "attentive": "one learned query over the patch tokens: CAE, I-JEPA",
     "spectrum": "RankMe (Garrido et al. 2023) and the exponent of alpha-ReQ (Agrawal et al. 2022): no labels are looked at",
 }
@@ -197,7 +208,17 @@ def _held_out(train: Split) -> tuple[Split, Split]:
 
 
 def _kind(split: Split, kind: str) -> Tensor:
-    return torch.cat([split.features[part] for part in kind.split("+")], dim=1)
+    return _joined(split.features, kind)
+
+
+def _shown(split: Split, kind: str) -> list[Tensor]:
+    """The views that linear heads are trained on."""
+    return [_joined(view, kind) for view in split.crops or (split.features,)]
+
+
+def _joined(features: Mapping[str, Tensor], kind: str) -> Tensor:
+    parts = [features[part] for part in kind.split("+")]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # one may be a file that is larger than memory
 
 
 def _classes(train: Split, test: Split) -> int:
