@@ -122,7 +122,7 @@ class Evaluation:
         encoder, head = session.engine.task.judged
         facts = {
             "architecture": encoder.architecture,
-            "arguments": encoder.arguments | head.arguments,
+            "arguments": encoder.arguments_with(head.arguments),
             "image_size": list(encoder.spec.image_size),
             "tested_size": list(self.view.size),
             "crop_pct": session.config.test.crop_pct,

@@ -37,7 +37,7 @@ class RunConfig(Section):
 
 
 class EncoderConfig(Section):
-    name: str = Field("vit_base_patch16_224", description="any timm VisionTransformer")
+    name: str = Field("vit_base_patch16_224", description="any timm VisionTransformer, Eva (RoPE) or Beit")
     image_size: Size = Field(224, description="pixels, one number or [height, width]")
     patch_size: Size | None = Field(None, description="pixels; null: what the name says")
     channels: Count = Field(3, description="input channels")

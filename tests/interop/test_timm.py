@@ -130,7 +130,8 @@ def test_a_classifier_goes_out(pooling: str, tmp_path: Path) -> None:
         ClassificationHead(16, 3, pooling=pooling, norm=encoder.drop_norm() if pooling == "mean" else False, init="zero")
     )
     facts = {key: facts[key] for key in ("architecture", "image_size", "mean", "std")} | {"pooling": pooling}
-    facts |= {"arguments": encoder.arguments | head.arguments, "classes": ["cat", "dog", "hen"], "top1": 0.625, "run": "runs/x"}
+    facts |= {"arguments": encoder.arguments_with(head.arguments), "classes": ["cat", "dog", "hen"]}
+    facts |= {"top1": 0.625, "run": "runs/x"}
     (tmp_path / "config.yaml").write_text("optim:\n  base_lr: 1e-3\n")
     (tmp_path / "probes.jsonl").write_text('{"step": 1, "top1": 0.1}\n{"step": 20, "top1": 0.625}\n')
     export_timm(tmp_path / "out", encoder.state() | head.state(), facts, run=tmp_path)

@@ -21,10 +21,10 @@ def fresh_compiler():
     torch._dynamo.config.recompile_limit = limit
 
 
-def network(depth: int = 2, **settings) -> torch.nn.ModuleList:
+def network(name: str = "vit_tiny_patch16_224", depth: int = 2, **settings) -> torch.nn.ModuleList:
     torch.manual_seed(0)
     arguments = {"embed_dim": 16, "depth": depth, "num_heads": 2}
-    encoder = Encoder.create("vit_tiny_patch16_224", image_size=16, patch_size=4, arguments=arguments, **settings)
+    encoder = Encoder.create(name, image_size=16, patch_size=4, arguments=arguments, **settings)
     return torch.nn.ModuleList([encoder, Decoder(encoder.spec, dim=16, depth=1, heads=2, out=48)])
 
 
@@ -73,3 +73,19 @@ def test_deep_networks_with_drop_path_stay_compiled():
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     encoder(images)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224", "beit_base_patch16_224"])
+def test_blocks_with_relative_positions_are_traced_once_for_each_door(name: str):
+    encoder, _ = network(name)
+    plain = copy.deepcopy(encoder)
+    for block in encoder.vit.blocks:  # a quick backend: what is compiled anew shows in it too
+        block.compile(backend="eager", dynamic=False, fullgraph=True)
+    graphs = []
+    for seed in range(3):
+        images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        keep = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(seed + n))[:4] for n in (5, 9)])
+        for doors in [{}] if "beit" in name else [{}, {"keep": keep}]:
+            torch.testing.assert_close(encoder(images, **doors).patches, plain(images, **doors).patches, rtol=1e-5, atol=1e-6)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs == graphs[:1] * 3

@@ -100,7 +100,7 @@ def test_encoder_and_head_are_a_timm_classifier(name: str, pooling: str, norm: b
     head = ClassificationHead(24, 7, pooling=pooling, norm=body.drop_norm() if norm else False, init="trunc_normal", std=0.1)
     for parameter in (*body.parameters(), *head.parameters()):
         parameter.data += 0.05 * torch.randn_like(parameter)
-    model = timm.create_model(body.architecture, **(body.arguments | head.arguments))
+    model = timm.create_model(body.architecture, **(body.arguments_with(head.arguments)))
     model.load_state_dict(body.state() | head.state(), strict=True)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

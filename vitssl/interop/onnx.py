@@ -1,7 +1,9 @@
 """ONNX: an encoder's tokens and features, or a classifier's logits, for any batch size and, where that can be, any image size.
 
-Positions are resampled inside the graph, by the rules of timm and MAE; DINO's rule needs a number that is known only once the
-size is, so its file is for one size. onnxruntime runs the file and must give what torch gives before it takes its name.
+Positions are resampled inside the graph, by the rules of timm and MAE; DINO's rule and DINOv3's rotations need numbers that
+are known only once the size is, and a Beit has one size anyway, so their files are for one. Attention is written as two
+products and a softmax, since torch's exporter fails on the fused one with a bias (torch 2.15). onnxruntime runs the file and
+must give what torch gives before it takes its name.
 """
 
 import json
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from vitssl.card import write_card
 from vitssl.errors import CheckpointError
 from vitssl.interop.folder import new_folder
-from vitssl.interop.ours import Classifier, classifier_of, encoder_of, rule_of
+from vitssl.interop.ours import Classifier, classifier_of, encoder_of
 from vitssl.interop.parity import require_parity, trial_images
+from vitssl.models.adapters.timm_vit import fuse_attention
 from vitssl.models.encoder import Encoder, Pooling
 
 try:
@@ -58,8 +61,9 @@ def export_onnx(
     ours = classifier_of(state, facts) if "classes" in facts else Pooled(encoder_of(state, facts), facts["pooling"])
     outputs = ["logits"] if "classes" in facts else ["tokens", "features"]
     encoder = ours.encoder
+    fuse_attention(encoder, False)
     own, (height, width) = encoder.spec.image_size, encoder.spec.patch
-    any_size = rule_of(facts) != "dino" and encoder.vit.pos_embed is not None
+    any_size = encoder.vit.any_size_in_a_graph
     other = (own[0] + height, own[1] + 2 * width)
     with new_folder(folder) as unfinished:
         file = unfinished / "model.onnx"

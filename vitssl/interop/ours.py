@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitssl.config import build
 from vitssl.errors import CheckpointError
-from vitssl.models.adapters.timm_vit import OWN_KEYS
+from vitssl.models.adapters.build import has_norm_after_pooling, section_of_arguments
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead, head_like
 from vitssl.models.state import require_fit
@@ -40,11 +40,10 @@ def classifier_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Clas
         raise CheckpointError(
             f"this classifier names {named:,} classes and its head has {arguments['num_classes']:,}; export it again"
         )
-    own = {name: arguments[key] for key, name in OWN_KEYS.items() if name and arguments.get(key) is not None}
-    further = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
-    values = own | {"name": facts["architecture"], "image_size": facts["image_size"], "arguments": further}
-    encoder = create(build(EncoderConfig, values | {"pos_resample": rule_of(facts)}, where="classifier.json"))
-    norm = encoder.drop_norm() if arguments.get("fc_norm") else False
+    said = {"image_size": facts["image_size"], "pos_resample": rule_of(facts)}
+    values = section_of_arguments(facts["architecture"], arguments) | said
+    encoder = create(build(EncoderConfig, values, where="classifier.json"))
+    norm = encoder.drop_norm() if has_norm_after_pooling(facts["architecture"], arguments) else False
     settings = {"pooling": facts["pooling"], "norm": norm}
     head = head_like(facts.get("head", {}), encoder.spec.dim, arguments["num_classes"], **settings)
     require_fit(state, encoder.state() | head.state(), model=facts["architecture"])

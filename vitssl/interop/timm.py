@@ -21,7 +21,7 @@ from vitssl.interop.folder import new_folder
 from vitssl.interop.official import Imported
 from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
 from vitssl.interop.parity import exactly, require_parity, trial_images
-from vitssl.models.adapters.timm_vit import OWN_KEYS
+from vitssl.models.adapters.build import section_of_arguments
 from vitssl.models.state import require_fit
 from vitssl.sections import EncoderConfig
 
@@ -129,7 +129,7 @@ def _section(model: VisionTransformer, known: Mapping[str, Any], arguments: Mapp
     stem = model.patch_embed
     own = {"image_size": list(stem.img_size), "patch_size": list(stem.patch_size), "channels": stem.proj.in_channels}
     prefix = {"registers": model.num_reg_tokens, "class_token": model.has_class_token}
-    further = {key: value for key, value in arguments.items() if key not in OWN_KEYS}
+    further = section_of_arguments(known["architecture"], arguments)["arguments"]
     return {"name": known["architecture"], **own, **prefix, "arguments": further}
 
 

@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitssl.errors import CheckpointError, ConfigError
-from vitssl.models.adapters.timm_vit import OWN_KEYS, TimmViT, build, compile_in_place
+from vitssl.errors import ConfigError
+from vitssl.models.adapters.build import build
+from vitssl.models.adapters.timm_vit import TimmViT, compile_in_place
 from vitssl.models.init import init_as_mae
-from vitssl.models.positions import Grid, ResampleRule, resample, sincos_2d
-from vitssl.models.state import by, require_fit
+from vitssl.models.positions import Grid, ResampleRule, sincos_2d
+from vitssl.models.state import require_fit
 
 Pooling = Literal["mean", "class"]
 
@@ -108,38 +109,29 @@ class Encoder(nn.Module):
         weights_init: Literal["timm", "mae"] = "timm",
         arguments: Mapping[str, Any] | None = None,
     ) -> "Encoder":
-        """A new encoder over the timm ``VisionTransformer`` called ``name``, without a head.
+        """A new encoder over the timm ``VisionTransformer``, ``Eva`` or ``Beit`` called ``name``, without a head.
 
         ``None`` for patch size, registers or class token means what the name says. ``positions="sincos"`` freezes MAE's
         table (zero for prefix tokens). ``arguments`` are further keyword arguments of ``timm.create_model``.
         Raises ConfigError for an unknown or unsupported name, a size that the patches do not divide, or an argument that
         has a key of its own.
         """
-        given = dict(arguments or {})
-        _refuse_own_keys(given)
-        own = {"patch_size": patch_size, "in_chans": channels, "reg_tokens": registers, "class_token": class_token}
-        given |= {"img_size": _pair(image_size)} | {key: value for key, value in own.items() if value is not None}
-        given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
-        model = build(name, given, drop_path=drop_path)
-        if not len(model.blocks):
-            raise ConfigError("encoder.arguments.depth=0: an encoder without a block has nothing to train; take at least 1")
-        patch = tuple(model.patch_embed.patch_size)
-        _check_size(_pair(image_size), patch, "encoder.image_size")
-        heads = next(module.num_heads for module in model.blocks[0].modules() if hasattr(module, "num_heads"))
+        size = _pair(image_size)
+        own = {"image_size": size, "patch_size": patch_size, "channels": channels}
+        own |= {"registers": registers, "class_token": class_token}
+        vit, told = build(name, own, arguments or {}, pos_resample=pos_resample, drop_path=drop_path)
+        _check_size(size, vit.patch, "encoder.image_size")
         spec = EncoderSpec(
-            dim=model.embed_dim,
-            depth=len(model.blocks),
-            heads=heads,
-            patch=patch,
-            grid=tuple(model.patch_embed.grid_size),
-            prefix=model.num_prefix_tokens,
+            dim=vit.patch_embed.proj.out_channels,
+            depth=len(vit.blocks),
+            heads=next(part.num_heads for part in vit.blocks[0].modules() if hasattr(part, "num_heads")),
+            patch=vit.patch,
+            grid=vit.grid,
+            prefix=vit.prefix,
             channels=channels,
-            class_token=model.has_class_token,
+            class_token=vit.cls_token is not None,
         )
-        pooling = "token" if model.has_class_token else "avg"
-        arguments = given | {"num_classes": 0, "global_pool": pooling, "fc_norm": False}
-        vit = TimmViT(model, pos_resample=pos_resample)
-        encoder = cls(vit, spec, architecture=name, arguments=arguments, positions=positions)
+        encoder = cls(vit, spec, architecture=name, arguments=told, positions=positions)
         if weights_init == "mae":
             init_as_mae(encoder)
         if positions == "sincos":
@@ -187,8 +179,13 @@ class Encoder(nn.Module):
     def drop_norm(self) -> nn.Module:
         """Replace the final norm by the identity, for a head that normalises after pooling; returns the norm removed."""
         norm, self.vit.norm = self.vit.norm, nn.Identity()
-        self.arguments = self.arguments | {"final_norm": False}
+        self.arguments = self.arguments | self.vit.norm_arguments(after_pooling=False)
         return norm
+
+    def arguments_with(self, head: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by which ``timm.create_model`` makes this encoder with a head: ``head`` is what the head says of itself."""
+        own = {key: value for key, value in head.items() if key not in ("fc_norm", "final_norm")}
+        return self.arguments | own | self.vit.norm_arguments(after_pooling=head["fc_norm"])
 
     @property
     def pos_resample(self) -> ResampleRule:
@@ -209,9 +206,7 @@ class Encoder(nn.Module):
         With ``resample`` positions of another grid are carried over by this encoder's rule; ``grid`` is the grid they
         were made for (default: a square).
         """
-        state = dict(state)
-        if resample and "pos_embed" in state and self.vit.pos_embed is not None:
-            state["pos_embed"] = self._fit_positions(state["pos_embed"], grid)
+        state = self.vit.fitted(state, grid) if resample else dict(state)
         advice = "" if resample else "resample=True carries the positions over"
         require_fit(state, self.state(), model=self.architecture, advice=advice)
         self.vit.load_state_dict(state, strict=True)
@@ -227,24 +222,6 @@ class Encoder(nn.Module):
             self.vit.pos_embed.zero_()
             self.vit.pos_embed[0, self.vit.pos_prefix :].copy_(table)
         self.vit.pos_embed.requires_grad_(False)
-
-    def _fit_positions(self, positions: Tensor, grid: Grid | None) -> Tensor:
-        num = positions.shape[1] - self.vit.pos_prefix
-        grid = grid or (round(max(num, 0) ** 0.5),) * 2
-        if num < 1 or grid[0] * grid[1] != num:
-            raise CheckpointError(
-                f"pos_embed {by(positions)} holds {num} positions beside {self.vit.pos_prefix} for prefix tokens, which is no "
-                f"{grid[0]}x{grid[1]} grid; say which grid the weights were made for"
-            )
-        return resample(positions, grid, self.spec.grid, self.pos_resample, prefix=self.vit.pos_prefix)
-
-
-def _refuse_own_keys(arguments: dict[str, Any]) -> None:
-    for key in arguments:
-        if key in OWN_KEYS:
-            own = OWN_KEYS[key]
-            advice = f"set encoder.{own}" if own else "the encoder decides it itself: leave it out"
-            raise ConfigError(f"encoder.arguments.{key}={arguments[key]!r} is not a further argument of timm; {advice}")
 
 
 def _check_size(size: Grid, patch: Grid, what: str) -> Grid:

@@ -122,7 +122,7 @@ class Classify(Task):
         first = len(vit.blocks) - self.blocks
         for part in (*vit.blocks[first:], vit.norm):
             part.requires_grad_(True)
-        return [vit.patch_embed, vit.pos_drop, vit.norm_pre, *vit.blocks[:first]]
+        return [part for part in vit.children() if part is not vit.blocks and part is not vit.norm] + list(vit.blocks[:first])
 
     def _wanted(self, images: Tensor, what: Wanted) -> Tensor:
         if what == "logits":
@@ -172,7 +172,7 @@ def layer_decay_rules(
     depth: int,
     decay: float,
     *,
-    exempt: Sequence[str] = ("pos_embed", "cls_token", "reg_token"),
+    exempt: Sequence[str] = ("pos_embed", "cls_token", "reg_token", "rope.freqs"),
     prefix: str = "encoder.vit.",
 ) -> list[Rule]:
     """Learning rates that shrink by ``decay`` per layer below the head: embeddings decay^(depth+1), block i decay^(depth-i).
@@ -181,7 +181,7 @@ def layer_decay_rules(
     stands before timm's names in the task's parameter names.
     """
     own, embed = prefix.replace(".", r"\."), decay ** (depth + 1)
-    tokens, stem = ("pos_embed", "cls_token", "reg_token"), r"(?:patch_embed|norm_pre)\..*"
+    tokens, stem = ("pos_embed", "cls_token", "reg_token", "rope.freqs"), r"(?:patch_embed|norm_pre)\..*"
     rules = [Rule(token, own + token, embed, 0.0 if token in exempt else 1.0) for token in tokens]
     rules += decay_rules(own + stem, prefix="stem.", lr_scale=embed)
     for i in range(depth):

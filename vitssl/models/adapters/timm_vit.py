@@ -5,53 +5,17 @@ They are used inside this module's own ``forward``, so engines that gather a mod
 (FSDP, ZeRO-3) find the class token and the positions in place. No private function of timm is called.
 """
 
-import difflib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
-import timm
 import torch
-from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitssl.errors import ConfigError
+from vitssl.errors import CheckpointError
 from vitssl.models.positions import Grid, ResampleRule, resample
-
-OWN_KEYS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "in_chans": "channels",
-    "reg_tokens": "registers",
-    "class_token": "class_token",
-    "drop_path_rate": "drop_path",
-    "num_classes": None,
-    "global_pool": None,
-    "fc_norm": None,
-    "final_norm": None,
-    "patch_drop_rate": None,
-    "dynamic_img_pad": None,
-    "pretrained": None,
-    "checkpoint_path": None,
-}
-"""timm arguments that are not the user's to give: those with a key of their own, and those that belong to the encoder."""
-
-
-def build(name: str, arguments: dict[str, Any], *, drop_path: float = 0.0) -> VisionTransformer:
-    """A freshly initialised timm model without pooling and head. Raises ConfigError in one line for what is not supported."""
-    known = timm.list_models(module="vision_transformer")
-    if not timm.is_model(name):
-        raise ConfigError(f"encoder.name={name!r}: timm {timm.__version__} has no such model; {_nearest(name, known)}")
-    try:
-        model = timm.create_model(name, num_classes=0, global_pool="", fc_norm=False, drop_path_rate=drop_path, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError) as error:
-        with torch.device("meta"):  # another kind of model explains more than its complaint; this costs no memory
-            _require_plain(timm.create_model(name), name, known)
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ConfigError(f"encoder.name={name!r}: timm cannot build it with {arguments}: {reason}") from error
-    _require_plain(model, name, known)
-    return model
+from vitssl.models.state import by
 
 
 def compile_in_place(blocks: Iterable[nn.Module]) -> None:
@@ -75,15 +39,22 @@ def fuse_attention(module: nn.Module, fused: bool) -> None:
 
 
 def run_blocks(
-    blocks: Sequence[nn.Module], x: Tensor, *, checkpointing: bool = False, last: int = 0
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    *,
+    beside: Sequence[Mapping[str, Tensor]] | None = None,
+    checkpointing: bool = False,
+    last: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """x [B, T, D] -> the output of the last block, and those of the ``last`` blocks.
+    """x [B, T, D] -> the output of the last block, and those of the ``last`` blocks. ``beside``: what each is given besides.
 
     With ``checkpointing`` a block keeps only its input for the backward pass and is computed again there.
     """
     outputs = []
     for index, block in enumerate(blocks):
-        x = checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+        more = {} if beside is None else beside[index]
+        again = checkpointing and torch.is_grad_enabled()
+        x = checkpoint(block, x, use_reentrant=False, **more) if again else block(x, **more)
         if index >= len(blocks) - last:
             outputs.append(x)
     return x, outputs
@@ -92,25 +63,67 @@ def run_blocks(
 class TimmViT(nn.Module):
     """The parts of a timm ``VisionTransformer`` and a forward that can drop or replace tokens.
 
-    ``pos_resample`` names the rule that carries positions to grids other than the model's own.
+    ``pos_resample`` names the rule that carries positions to grids other than the model's own. Adapters of other families are
+    subclasses; what they share is the way from pixels to tokens, what differs are the words here and :meth:`_beside`.
     """
 
-    def __init__(self, model: VisionTransformer, *, pos_resample: ResampleRule) -> None:
+    model: ClassVar[type[nn.Module]] = VisionTransformer
+    names: ClassVar[Mapping[str, str]] = {  # our words -> timm's arguments
+        "image_size": "img_size",
+        "patch_size": "patch_size",
+        "channels": "in_chans",
+        "registers": "reg_tokens",
+        "class_token": "class_token",
+        "drop_path": "drop_path_rate",
+        "fc_norm": "fc_norm",
+        "final_norm": "final_norm",
+    }
+    always: ClassVar[Mapping[str, Any]] = {}  # keys that have no argument because there is no choice
+    fixed: ClassVar[Mapping[str, Any]] = {}  # timm's arguments that the encoder needs
+
+    def __init__(self, model: nn.Module, *, pos_resample: ResampleRule) -> None:
         super().__init__()
         self.cls_token = model.cls_token
-        self.reg_token = model.reg_token
+        self.reg_token = getattr(model, "reg_token", None)
         self.pos_embed = model.pos_embed
         self.patch_embed = model.patch_embed
-        self.pos_drop = model.pos_drop
-        self.norm_pre = model.norm_pre
+        self.pos_drop = nn.Identity() if self.pos_embed is None else model.pos_drop
+        self.norm_pre = getattr(model, "norm_pre", nn.Identity())
         self.blocks = model.blocks
         self.norm = model.norm
         self.patch_embed.strict_img_size = False
         self.pos_resample = pos_resample
         self.prefix: int = model.num_prefix_tokens
-        self.pos_prefix: int = 0 if model.no_embed_class else model.num_prefix_tokens
+        self.pos_prefix: int = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
         self.patch: Grid = tuple(model.patch_embed.patch_size)
         self.grid: Grid = tuple(model.patch_embed.grid_size)
+
+    @property
+    def any_size_in_a_graph(self) -> bool:
+        """Whether a traced graph can serve images of any size, or its positions need the size to be known."""
+        return self.pos_embed is None or self.pos_resample != "dino"
+
+    def norm_arguments(self, *, after_pooling: bool) -> dict[str, Any]:
+        """How ``timm.create_model`` is told of the final norm that is here, and whether a classifier has one after pooling."""
+        return {"fc_norm": after_pooling, "final_norm": after_pooling or not isinstance(self.norm, nn.Identity)}
+
+    def fitted(self, state: Mapping[str, Tensor], grid: Grid | None) -> dict[str, Tensor]:
+        """A state whose positions were made for ``grid`` (None: a square) with positions for this model's grid.
+
+        Raises CheckpointError where they are for no such grid.
+        """
+        state = dict(state)
+        if self.pos_embed is None or "pos_embed" not in state:
+            return state
+        positions = state["pos_embed"]
+        num = positions.shape[1] - self.pos_prefix
+        grid = grid or (round(max(num, 0) ** 0.5),) * 2
+        if num < 1 or grid[0] * grid[1] != num:
+            raise CheckpointError(
+                f"pos_embed {by(positions)} holds {num} positions beside {self.pos_prefix} for prefix tokens, which is no "
+                f"{grid[0]}x{grid[1]} grid; say which grid the weights were made for"
+            )
+        return state | {"pos_embed": resample(positions, grid, self.grid, self.pos_resample, prefix=self.pos_prefix)}
 
     def forward(
         self,
@@ -126,12 +139,17 @@ class TimmViT(nn.Module):
 
         Arguments as in :meth:`vitssl.models.encoder.Encoder.forward`, checked there.
         """
-        x = self._embed(images, keep, mask, mask_token)
-        x, outputs = run_blocks(self.blocks, x, checkpointing=checkpointing, last=last_blocks)
+        grid = (images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1])
+        beside = self._beside(grid, keep)
+        x = self._embed(images, grid, keep, mask, mask_token)
+        x, outputs = run_blocks(self.blocks, x, beside=beside, checkpointing=checkpointing, last=last_blocks)
         return self.norm(x), outputs
 
-    def _embed(self, images: Tensor, keep: Tensor | None, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
-        grid = (images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1])
+    def _beside(self, grid: Grid, keep: Tensor | None) -> Sequence[Mapping[str, Tensor]] | None:
+        """What each block is given beside the tokens: nothing here, relative positions in other families."""
+        return None
+
+    def _embed(self, images: Tensor, grid: Grid, keep: Tensor | None, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
         x = self.patch_embed(images)
         x = x.flatten(1, 2) if x.ndim == 4 else x  # [B, N, D]; a map when the model was made with dynamic_img_size
         if mask is not None:
@@ -145,8 +163,7 @@ class TimmViT(nn.Module):
             tokens = torch.cat(prefix, dim=1) if own is None else torch.cat(prefix, dim=1) + own
             # x.shape[0], not len(x), which a graph made for other programs would keep as a constant
             x = torch.cat([tokens.expand(x.shape[0], -1, -1), x], dim=1)  # [B, R + K, D]
-        x = x if self.pos_embed is None else self.pos_drop(x)
-        return self.norm_pre(x)
+        return self.norm_pre(self.pos_drop(x))
 
     def _positions(self, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """Positions of the prefix tokens [1, R, D] and of the patches [1, N, D], where the model has them."""
@@ -154,17 +171,3 @@ class TimmViT(nn.Module):
             return None, None
         positions = resample(self.pos_embed, self.grid, grid, self.pos_resample, prefix=self.pos_prefix)
         return (positions[:, : self.pos_prefix] if self.pos_prefix else None), positions[:, self.pos_prefix :]
-
-
-def _require_plain(model: nn.Module, name: str, known: list[str]) -> None:
-    """Raises ConfigError for other models, and for subclasses and stems whose tokens this adapter would not know."""
-    if type(model) is not VisionTransformer or type(model.patch_embed) is not PatchEmbed:
-        found = f"{type(model).__name__} with {type(getattr(model, 'patch_embed', None)).__name__}"
-        raise ConfigError(
-            f"encoder.name={name!r} is a {found}; only a plain VisionTransformer is served; {_nearest(name, known)}"
-        )
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or ["vit_small_patch16_224", "vit_base_patch16_224"]
-    return f"the nearest supported: {', '.join(near)}"
