@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitssl.card import write_card
@@ -21,7 +20,7 @@ from vitssl.interop.folder import new_folder
 from vitssl.interop.official import Imported
 from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
 from vitssl.interop.parity import exactly, require_parity, trial_images
-from vitssl.models.adapters.build import section_of_arguments
+from vitssl.models.adapters.build import adapter_of, section_of_arguments
 from vitssl.models.state import require_fit
 from vitssl.sections import EncoderConfig
 
@@ -31,15 +30,19 @@ BESIDE = ("head.", "fc_norm.", "attn_pool.")  # parts of timm's models that are 
 def import_timm(source: str) -> Imported:
     """The encoder of a pretrained timm model: ``vit_small_patch16_224.augreg_in21k``, or a folder with its config.json.
 
-    A tag is downloaded by timm, once. Raises CheckpointError: timm cannot load it, has no weights, or it is no plain ViT.
+    A tag is downloaded by timm, once. Raises CheckpointError: timm cannot load it, it has no weights, or is no ViT served here.
     """
     local = Path(source.removeprefix("local-dir:"))
     name = f"local-dir:{local}" if local.is_dir() else source
-    model = _pretrained(name)
-    if type(model) is not VisionTransformer:
-        raise CheckpointError(f"timm:{source} is a {type(model).__name__}; only timm's plain VisionTransformer is read")
+    saved = _saved(local)
+    adapter = adapter_of(saved.get("architecture", source))
+    model = _pretrained(name, **adapter.fixed)
+    if type(model) is not adapter.model:
+        raise CheckpointError(
+            f"timm:{source} is a {type(model).__name__}; only timm's plain VisionTransformer, Eva and Beit are read"
+        )
     known = model.pretrained_cfg
-    section = build(EncoderConfig, _section(model, known, _saved_arguments(local)), where=f"timm:{source}")
+    section = build(EncoderConfig, _section(model, known, saved.get("model_args", {})), where=f"timm:{source}")
     encoder = create(section)
     state = dict(model.state_dict())
     beside = {key for key in state if key.startswith(BESIDE)}
@@ -50,7 +53,7 @@ def import_timm(source: str) -> Imported:
     facts = {
         "mean": _for_channels(known["mean"], section.channels),
         "std": _for_channels(known["std"], section.channels),
-        "pooling": "mean" if model.global_pool.startswith("avg") or not model.has_class_token else "class",
+        "pooling": "mean" if model.global_pool.startswith("avg") or model.cls_token is None else "class",
         "run": f"timm:{source}",
         "format": "timm",
     }
@@ -111,24 +114,28 @@ def export_timm(
     return reached
 
 
-def _pretrained(name: str) -> nn.Module:
+def _pretrained(name: str, **arguments: Any) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # timm's, the hub client's and the network's own kinds
         advice = "give a tag of timm.list_pretrained('vit*') or a folder that holds config.json and model.safetensors"
         raise CheckpointError(f"timm {timm.__version__} cannot load {name}: {_line(error)}; {advice}") from error
 
 
-def _saved_arguments(folder: Path) -> dict[str, Any]:
-    """What a folder's config.json says that its model was built with."""
+def _saved(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, which says what its model was built with. Raises CheckpointError where it cannot be read."""
     config = folder / "config.json"
-    return json.loads(config.read_text()).get("model_args", {}) if config.is_file() else {}
+    try:
+        return json.loads(config.read_text()) if config.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} cannot be read: {error}; give a folder that timm's save_for_hf wrote") from None
 
 
-def _section(model: VisionTransformer, known: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _section(model: nn.Module, known: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     stem = model.patch_embed
     own = {"image_size": list(stem.img_size), "patch_size": list(stem.patch_size), "channels": stem.proj.in_channels}
-    prefix = {"registers": model.num_reg_tokens, "class_token": model.has_class_token}
+    class_token = model.cls_token is not None
+    prefix = {"registers": model.num_prefix_tokens - class_token, "class_token": class_token}
     further = section_of_arguments(known["architecture"], arguments)["arguments"]
     return {"name": known["architecture"], **own, **prefix, "arguments": further}
 
