@@ -33,12 +33,24 @@ def open_classes(config: FinetuneConfig, progress: Progress | None = None) -> So
     return _mapped(source, config.label_map)
 
 
-def open_test(config: FinetuneConfig, source: Source) -> Source:
-    """The test images, their labels under the numbers that the training images have for the same names."""
+def open_test(config: FinetuneConfig, source: Source, tell: Callable[..., None] = lambda text, style: None) -> Source:
+    """The test images, their labels under the numbers that the training images have for the same names.
+
+    ``tell`` is warned where only one of the two sets has names, so that numbers are all there is to join them by.
+    """
     images = open_configured(config.test, key="test")
     if isinstance(source, Several):
         return several_like(_mapped(several_labels(images), config.label_map, absent=True), source)
-    return label_like(_mapped(images, config.label_map, absent=True), source)
+    images = _mapped(images, config.label_map, absent=True)
+    found = label_like(images, source)
+    if bool(images.classes) != bool(source.classes):
+        named, other = (images, source) if images.classes else (source, images)
+        tell(
+            f"warning: {named.name} names its classes and {other.name} only numbers them, so they are joined by number:"
+            f" {named.classes[0]} is 0; give both names if that is not so",
+            style="yellow",
+        )
+    return found
 
 
 def names_of(source: Source) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
     tested_size(config.test.image_size, spec)  # a size that cannot be is refused before anything is written
     if teacher is not None:
         tell_teacher(config, teacher, spec, report)
-    images = open_test(config, source)
+    images = open_test(config, source, report.say)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
         if asked == "newest" and (newer := str(newest_export(config.run.dir))) != config.encoder:

@@ -84,6 +84,19 @@ def test_sets_of_any_two_kinds_are_joined_by_name(train: str, test: str, tmp_pat
     assert images.classes == source.classes and sorted(named(source)) == sorted(TRAIN) and sorted(named(images)) == sorted(TEST)
 
 
+def test_where_one_set_has_no_names_it_says_so(tmp_path: Path, picture: Callable) -> None:
+    (tmp_path / "test").mkdir()
+    asked = config(as_folder(tmp_path / "train", TRAIN, picture), as_list(tmp_path / "test", ["2", "0", "1"], picture))
+    told: list[str] = []
+    images = open_test(asked, open_classes(asked), lambda text, style: told.append(text))
+    (words,) = told
+    assert images.label_array().tolist() == [2, 0, 1]
+    assert "train names its classes and" in words and "only numbers them" in words and "cat is 0" in words
+    same = config(tmp_path / "train", tmp_path / "train")
+    open_test(same, open_classes(same), lambda text, style: told.append(text))
+    assert len(told) == 1
+
+
 MAPS = {
     "renamed": ({"owl": "bird"}, ["dog", "bird", "cat", "dog"], ["bird", "dog", "dog"]),
     "merged": ({"cat": "pet", "dog": "pet"}, ["pet", "owl", "pet", "pet"], ["owl", "pet", "pet"]),

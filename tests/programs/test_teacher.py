@@ -10,6 +10,7 @@ import timm
 import torch
 from outcome import refused
 from safetensors.torch import load_file, save_file
+from test_finetune import logits
 
 from finetune.predict import main as predict
 from finetune.teacher import columns_of
@@ -83,11 +84,46 @@ def test_predict_and_onnx_say_what_the_evaluation_said(student, data: Path, tmp_
     assert vitssl(["export", str(student.folder), str(tmp_path / "onnx"), "--to", "onnx"]) == 0
 
 
-@pytest.mark.parametrize("to", ["timm", "transformers"])
-def test_other_libraries_have_no_such_head(student, to: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(CheckpointError, match=f"two heads and a distillation token, and {to}'s ViT has no place") as error:
+def test_timms_deit_says_the_same(finetune: Callable, teacher: Path, data: Path, tmp_path: Path) -> None:
+    """Plain timm, from the folder alone, has the accuracy and the loss that the run measured."""
+    settings = (f"teacher.name={teacher}", "head.pooling=class", "optim.base_lr=1e-2")
+    run = finetune(tmp_path / "run", *settings).ok()
+    assert vitssl(["export", str(run.folder), str(tmp_path / "timm"), "--to", "timm"]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert type(model).__name__ == "VisionTransformerDistilled"
+    facts = json.loads((run.folder / "export/last/classifier.json").read_text())
+    ours, labels = logits(model, facts, data)
+    row = run.rows("probes.jsonl")[-1]
+    assert float(torch.nn.functional.cross_entropy(ours, labels)) == pytest.approx(row["loss"], rel=1e-5)
+    assert float((ours.argmax(1) == labels).float().mean()) == pytest.approx(row["top1"])
+
+
+NO_PLACE = {
+    "timm": "timm's DeiT reads the class token after the final norm, and this distilled classifier the mean over patches",
+    "transformers": "two heads and a distillation token, and transformers's ViT has no place for that; export --to onnx",
+}
+
+
+@pytest.mark.parametrize("to", NO_PLACE)
+def test_other_libraries_have_no_such_head(student, to: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=NO_PLACE[to]) as error:
         vitssl(["export", str(student.folder), str(tmp_path / to), "--to", to])
     assert "\n" not in str(error.value) and not (tmp_path / to).exists()
+
+
+def test_timms_deit_has_two_tokens(exported, finetune: Callable, pretrain: Callable, teacher: Path, tmp_path: Path) -> None:
+    pretrain(tmp_path / "encoder", "encoder.registers=2", "length=1").ok()
+    settings = (f"teacher.name={teacher}", "head.pooling=class", "length=1", f"encoder={tmp_path / 'encoder'}")
+    run = finetune(tmp_path / "run", *settings).ok()
+    assert run.tensors()["state/encoder.vit.reg_token"].shape[1] == 3
+    with pytest.raises(CheckpointError, match="and this encoder 4 tokens before its patches; export --to onnx"):
+        vitssl(["export", str(run.folder), str(tmp_path / "timm"), "--to", "timm"])
+
+
+def test_two_processes_distil_the_same(finetune: Callable, teacher: Path, tmp_path: Path) -> None:
+    settings = (f"teacher.name={teacher}", "drop_path=0", "length=4")
+    one, two = finetune(tmp_path / "one", *settings).ok(), finetune(tmp_path / "two", *settings, processes=2).ok()
+    assert two.losses() == pytest.approx(one.losses(), rel=1e-5)
 
 
 def test_a_cnn_from_a_folder_or_a_file_teaches_the_same(finetune: Callable, cnn: dict, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
+from vitssl.interop.deit import is_distilled, under_deit
 from vitssl.interop.folder import new_folder
 from vitssl.interop.official import Imported
 from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
@@ -79,14 +80,17 @@ def export_timm(
     """Write ``config.json``, ``model.safetensors`` and ``README.md``; timm reads them and must compute what we do.
 
     An encoder pools as its export says. ``images``: real ones [N, C, H, W] to compare on too, normalised. Returns the
-    difference reached. Raises CheckpointError; ``folder`` is then not there.
+    difference reached; a distilled classifier becomes timm's DeiT. Raises CheckpointError; ``folder`` is then not there.
     """
-    require_plain_head(facts, "timm")
+    if not is_distilled(facts):
+        require_plain_head(facts, "timm")
     classifier = "classes" in facts
     pooling = {} if classifier else {"global_pool": {"mean": "avg", "class": "token"}[facts["pooling"]]}
     facts = {**facts, "arguments": facts["arguments"] | pooling}
     images = trial_images(facts, images)
     ours = classifier_of(state, facts) if classifier else encoder_of(state, facts)
+    if is_distilled(facts):
+        state, facts = under_deit(state, facts, ours.encoder.spec)
     with new_folder(folder) as unfinished:
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, unfinished / "model.safetensors")
         (unfinished / "config.json").write_text(json.dumps(_hub_config(facts), indent=2) + "\n")

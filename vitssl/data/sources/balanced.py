@@ -2,8 +2,9 @@
 
 A class with n images is drawn in proportion to n^(1 - power): power 1 shows every class equally often, 1/2 by the square root
 of its images (Mahajan et al. 2018), 0 as they are. In every hundred positions each class stands as often as its share says,
-rounded (:mod:`vitssl.data.mixing`). Surprising: an epoch is still as many positions as there are images. Each class keeps its
-own epochs, so in one of the run's a rare class is seen several times over and a common one only in part.
+rounded (:mod:`vitssl.data.mixing`); of a thousand classes these are a hundred, spread evenly over their numbers. Surprising:
+an epoch is still as many positions as there are images. Each class keeps its own epochs, so in one of the run's a rare class is
+seen several times over and a common one only in part.
 """
 
 from collections.abc import Sequence
