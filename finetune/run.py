@@ -12,7 +12,7 @@ from finetune.config import FinetuneConfig
 from finetune.labels import balance, choose_labelled
 from finetune.seeds import run_seeds
 from finetune.several import SeveralEvaluation
-from finetune.teacher import open_teacher, tell_teacher
+from finetune.teacher import note_teacher, open_teacher, refuse_other_teacher, tell_teacher
 from finetune.watch import Evaluation, tested_size
 from vitssl import dist
 from vitssl.command import Command
@@ -74,12 +74,15 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
     tested_size(config.test.image_size, spec)  # a size that cannot be is refused before anything is written
     if teacher is not None:
         tell_teacher(config, teacher, spec, report)
+        refuse_other_teacher(run_folder(config), config, teacher)
     images = open_test(config, source, report.say)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
         if asked == "newest" and (newer := str(newest_export(config.run.dir))) != config.encoder:
             report.say(f"it began from {config.encoder}; {newer} is newer: take another run.name for that")
         return True
+    if teacher is not None and session.engine.main:
+        note_teacher(session.folder, config, teacher)
     tell_missing_classes(source, classes, report)
     test = (SeveralEvaluation if config.labels == "several" else Evaluation)(session, images, classes=classes)
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)

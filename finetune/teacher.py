@@ -1,5 +1,7 @@
 """The teacher of a distillation: found by its name, loaded, and held against the classes that are to be learnt."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from vitssl.interop.ours import classifier_of
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.teacher import Teacher, timm_network
 from vitssl.report import Report
+from vitssl.train import checkpoint
 from vitssl.train.export import last_part, read_export
 
+FILE = "teacher.json"
 SHOWN = 3  # classes that a message names
 
 
@@ -51,6 +55,31 @@ def tell_teacher(config: FinetuneConfig, teacher: Teacher, spec: EncoderSpec, re
         f"teacher {config.teacher.name}: {config.teacher.kind} distillation, {config.teacher.alpha:.0%} of the loss; it sees"
         f" the student's images, {size}"
     )
+
+
+def refuse_other_teacher(folder: Path, config: FinetuneConfig, teacher: Teacher) -> None:
+    """Raise ConfigError where the run in ``folder`` was begun with other weights under the same name."""
+    file = folder / FILE
+    known = json.loads(file.read_text())["weights"] if file.is_file() and checkpoint.found(folder / "checkpoints") else None
+    if known not in (None, _digest(teacher)):
+        raise ConfigError(
+            f"teacher.name={config.teacher.name}: has other weights than when {folder} was begun; put them back, or take"
+            " another run.name"
+        )
+
+
+def note_teacher(folder: Path, config: FinetuneConfig, teacher: Teacher) -> None:
+    """Write down whose answers this run learns from."""
+    words = {"name": config.teacher.name, "weights": _digest(teacher)}
+    (folder / FILE).write_text(json.dumps(words, indent=1) + "\n")
+
+
+def _digest(teacher: Teacher) -> str:
+    """A hash of every number of a teacher, by name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(name.encode() + b"\0" + tensor.detach().cpu().double().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _is_ours(name: str) -> bool:

@@ -2,9 +2,11 @@
 
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,35 @@ def test_shards_and_their_sidecar(tmp_path: Path):
     assert several_labels(open_source(tmp_path)).classes == tuple("wxyz")
 
 
+def save(folder: Path, labels: list, kind) -> Path:
+    rows = {"image": [{"bytes": jpeg(number), "path": None} for number in range(len(labels))], "labels": labels}
+    features = datasets.Features({"image": datasets.Image(), "labels": kind})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder)
+    return folder
+
+
+def test_data_sets(tmp_path: Path):
+    named = datasets.List(datasets.ClassLabel(names=["cat", "dog", "owl"]))
+    source = several_labels(open_source(save(tmp_path / "a", [[2, 0], [], None, [1]], named)))
+    assert sets(source) == [(0, 2), (), (), (1,)] and source.classes == ("cat", "dog", "owl")
+    assert sets(pickle.loads(pickle.dumps(source))) == sets(source)
+    whole = several_labels(open_source(save(tmp_path / "b", [[2, 0], [1]], datasets.List(datasets.Value("int32")))))
+    assert sets(whole) == [(0, 2), (1,)] and whole.classes == ("0", "1", "2")
+    assert open_source(tmp_path / "a").label_array() is None
+    whole = save(tmp_path / "c", [[0, -1]], datasets.List(datasets.Value("int64")))
+    with pytest.raises(DataError, match="column labels holds a label that is null or negative; number from 0 on"):
+        several_labels(open_source(whole))
+    with pytest.raises(DataError, match="has no column of lists of class labels; write one that is called labels"):
+        several_labels(open_source(save(tmp_path / "one", [1, 0], datasets.ClassLabel(names=["cat", "dog"]))))
+
+
+def test_other_labels_are_other_data(tmp_path: Path):
+    prints = []
+    for cells in (["0;1", "1"], ["0", "0;1"], ["0;1", "1"]):
+        prints.append(several_labels(open_source(write_list(tmp_path, cells))).fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
 def test_single_labels_do_not_notice(tmp_path: Path):
     """The index, its fingerprint and its labels are those of a shard that says the same in another way."""
     one = open_source(write_tar(tmp_path / "a.tar", [{"cls": b"1"}, {"cls": b"0"}]))
@@ -148,7 +179,7 @@ def refused(tmp_path: Path, case: str) -> None:
 
 
 REFUSED = {
-    "a folder": "labels=several reads file lists and local tar shards; write one of these",
+    "a folder": "labels=several reads file lists, local tar shards and data sets of kind=hub; write one of these",
     "a sample without": r"a\.tar: sample '001' has no list of labels; write a \.cls of numbers",
     "words": "sample '000' has no list of labels",
     "no column": "has no column of labels; add one that is called label or class",

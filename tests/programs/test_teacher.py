@@ -76,6 +76,16 @@ def test_resumed_it_is_the_same(student, finetune: Callable, teacher: Path, tmp_
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_another_teacher_under_the_same_name_is_refused(finetune: Callable, cnn: dict, tmp_path: Path) -> None:
+    shutil.copytree(cnn[4], tmp_path / "cnn")
+    settings = (f"teacher.name={tmp_path / 'cnn'}", "teacher.token=false", "length=2")
+    finetune(tmp_path / "run", *settings).ok()
+    assert "is finished" in finetune(tmp_path / "run", *settings).ok().out
+    state = load_file(tmp_path / "cnn/model.safetensors")
+    save_file(state | {"fc.bias": state["fc.bias"] + 1}, tmp_path / "cnn/model.safetensors")
+    refused(finetune(tmp_path / "run", *settings), f"has other weights than when {tmp_path / 'run'} was begun; put them back")
+
+
 def test_predict_and_onnx_say_what_the_evaluation_said(student, data: Path, tmp_path: Path) -> None:
     assert predict([str(student.folder), f"{data}/test-0.tar", "--jsonl", f"{tmp_path}/rows.jsonl"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

@@ -46,6 +46,20 @@ def find_columns(schema: pa.Schema, *, where: str) -> Columns:
     return Columns(images[0], label, tuple(map(str, classes)) if isinstance(classes, list) else None)
 
 
+def find_label_lists(schema: pa.Schema) -> tuple[str, tuple[str, ...] | None] | None:
+    """(name, class names) of the column whose rows are lists of labels: the one of class labels, else one of whole numbers that
+    is called as label columns are; None where there is none, or several of class labels."""
+    kinds, lists = _kinds(schema), (pa.types.is_list, pa.types.is_large_list)
+    whole = [
+        field.name for field in schema if any(test(field.type) for test in lists) and pa.types.is_integer(field.type.value_type)
+    ]
+    inner = {name: kinds.get(name, {}).get("feature") or {} for name in whole}
+    classes = [name for name in whole if inner[name].get("_type") == "ClassLabel"]
+    name = classes[0] if len(classes) == 1 else next((name for name in _LABELS if name in whole and not classes), None)
+    names = inner[name].get("names") if name else None
+    return (name, tuple(map(str, names)) if isinstance(names, list) else None) if name else None
+
+
 def label_values(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """[N] the values of a label column, -1 for null; those below 0 mean that there is no label.
 

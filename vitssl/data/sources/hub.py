@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vitssl.data.order import default_chunk
 from vitssl.data.sources.base import Ahead, Raw, cut, fingerprint, read_file, too_large
-from vitssl.data.sources.columns import check_labels, find_columns, label_values, reason, stored
+from vitssl.data.sources.columns import check_labels, find_columns, find_label_lists, label_values, reason, stored
 from vitssl.data.sources.patterns import is_saved
+from vitssl.data.sources.several import LabelSets, label_sets
 from vitssl.errors import ConfigError, DataError
 
 _COMPARED = 64  # images that go into the fingerprint
@@ -35,6 +37,8 @@ class HubSource:
         self._columns = find_columns(found.features.arrow_schema, where=path)
         named = [name for name in self._columns[:2] if name is not None]
         self._rows = found.select_columns(named).with_format("arrow")
+        self._lists = find_label_lists(found.features.arrow_schema)
+        self._sets = found.select_columns(self._lists[0]).with_format("arrow") if self._lists else None
         self.num_samples = len(found)
         if not self.num_samples:
             raise DataError(f"{path}: has no rows; name another data set or split")
@@ -63,6 +67,18 @@ class HubSource:
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every row has one (``num_unlabelled`` counts those that have none)."""
         return self._label_values() if self.labels else None
+
+    def label_sets(self) -> LabelSets:
+        """The labels of all rows, several each, of a column of lists; null is none. Raises DataError where there is no such."""
+        if self._sets is None:
+            raise DataError(f"{self.name}: has no column of lists of class labels; write one that is called labels")
+        column = self._sets[:].column(0)
+        counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+        labels = label_values(pc.list_flatten(column))
+        if labels.min(initial=0) < 0:
+            raise DataError(f"{self.name}: column {self._lists[0]} holds a label that is null or negative; number from 0 on")
+        check_labels(int(labels.max(initial=-1)), self._lists[1], where=self.name)
+        return label_sets(counts, labels, self._lists[1])
 
     def _label_values(self) -> NDArray[np.int64]:
         """[N] labels, -1 where there is none; read each time, since the file is mapped into memory."""

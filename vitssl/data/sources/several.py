@@ -1,7 +1,8 @@
 """Several labels a sample, or none: the same samples under the same ids, with sets where other sources have one number.
 
 File lists say them in one cell (``cat;dog``), tar shards in a ``.cls`` of several numbers or in ``"labels": [...]`` of a
-``.json``. They are read when somebody asks for them; a source of single labels knows nothing of this.
+``.json``, data sets in a column of lists. They are read when somebody asks for them; a source of single labels knows nothing of
+this.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Ahead, Raw, Source
+from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint
 from vitssl.errors import DataError
 
 SHOWN = 3  # classes that a message names
@@ -35,7 +36,8 @@ class Several:
     def __init__(self, source: Source, sets: LabelSets, classes: tuple[str, ...]) -> None:
         self.source, self.sets, self.classes, self.num_classes = source, sets, classes, len(classes)
         self.name, self.num_samples, self.chunks = source.name, source.num_samples, source.chunks
-        self.labels, self.ignored, self.fingerprint = True, source.ignored, source.fingerprint
+        self.labels, self.ignored = True, source.ignored
+        self.fingerprint = fingerprint([source.fingerprint, sets.starts.tobytes(), sets.labels.tobytes()])
         self.by_chunk, self.mean_bytes = source.by_chunk, source.mean_bytes
 
     def read(self, ids: Sequence[int], ahead: Ahead | None = None) -> list[Raw]:
@@ -57,7 +59,8 @@ def several_labels(source: Source) -> Several:
     """The labels of ``source``, several a sample. Raises DataError for kinds of source that cannot say them, and for data in
     which no sample has any."""
     if not hasattr(source, "label_sets"):
-        raise DataError(f"{source.name}: labels=several reads file lists and local tar shards; write one of these")
+        kinds = "file lists, local tar shards and data sets of kind=hub"
+        raise DataError(f"{source.name}: labels=several reads {kinds}; write one of these")
     sets = source.label_sets()
     if not len(sets.labels):
         raise DataError(f"{source.name}: no sample has a label; write them, as cat;dog in a list's column label")
