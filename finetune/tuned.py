@@ -1,6 +1,6 @@
 """``protocol=finetune``: what an encoder comes to when all of it is trained, by the real program in runs of its own.
 
-Each seed is a run of ``python -m finetune`` in processes of its own, as many as evaluate has, in a folder below ``features``
+Each seed is a run of ``python -m finetune``, in processes of their own, as many as evaluate has, in a folder below ``features``
 that is named by the weights, the data and the settings; so it is continued where it was stopped, and done once. The recipe is
 short: twenty epochs of AdamW with layer decay, random crops and flips. Settings are not searched.
 """
@@ -11,11 +11,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.config import FinetuneConfig
 from finetune.evaluate import FINETUNE, EvaluateConfig, SetConfig
+from finetune.seeds import seeded
 from vitssl import dist
 from vitssl.config import build, dump
 from vitssl.data.sources import Source
@@ -25,6 +27,7 @@ from vitssl.probes.protocols import Judged
 from vitssl.report import Report
 from vitssl.sections import EncoderConfig, SourceConfig
 from vitssl.train.export import encoder_facts, write_export
+from vitssl.train.folder import run_folder
 
 SOURCE = "the whole network, trained by python -m finetune; the recipe is in the folder of features"
 RECIPE: dict[str, Any] = {
@@ -80,30 +83,30 @@ def finetuned(own: Labelled, each: Judging, config: EvaluateConfig, report: Repo
     values = _merged(values, {"data": own.config.data.model_dump(mode="json"), "test": own.config.test.model_dump(mode="json")})
     said = [each.weights, own.train.fingerprint, own.test.fingerprint, values, list(each.encoder.spec.image_size)]
     key = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
-    folder, found = config.features / FINETUNE / key, []
+    folder = config.features / FINETUNE / key
     if dist.rank() == 0 and not (folder / "encoder" / "encoder.json").exists():
         told = {"mean": list(each.facts["mean"]), "std": list(each.facts["std"]), "pooling": each.pooling, "run": each.name}
         facts = encoder_facts(each.encoder, each.section, **told)
         write_export(folder / "encoder", "encoder", each.encoder.state(), facts)
-    for seed in range(config.seeds):
-        run = {"encoder": str(folder / "encoder"), "seed": seed, "run": {"dir": str(folder), "name": f"seed{seed}"}}
-        settings, place = build(FinetuneConfig, _merged(values, run), where="finetune"), folder / f"seed{seed}"
+    run = {"encoder": str(folder / "encoder"), "seeds": config.seeds, "run": {"dir": str(folder), "name": "run"}}
+    settings = build(FinetuneConfig, _merged(values, run), where="finetune")
+    places = [run_folder(seeded(settings, seed)) for seed in range(config.seeds)]
+    missing = [place for place in places if _result(place) is None]
+    if dist.gather_lists([len(missing)])[0]:  # the first process's word
+        report.say(f"{len(missing)} runs in {folder}, which keep their logs")
         if dist.rank() == 0:
-            (folder / f"seed{seed}.yaml").write_text(dump(settings))
-        finished = dist.gather_lists([_result(place) is not None])[0]  # the first process's word
-        if not finished:
-            report.say(f"seed {seed}: {place}, which keeps its log")
-            _run(folder / f"seed{seed}.yaml", place)
+            (folder / "run.yaml").write_text(dump(settings if config.seeds > 1 else seeded(settings, 0)))
         dist.barrier()
-        if dist.rank() == 0:  # another machine may not have the file
-            result = _result(place)
-            assert result is not None, f"{place} ended well and measured nothing"
-            setting = f"{settings.length}, lr {settings.optim.base_lr:g}"
-            found.append((Judged(FINETUNE, setting, result["top1"], seed), result["images"]))
-    return found
+        _run(folder / "run.yaml", missing or places)
+    dist.barrier()
+    if dist.rank() > 0:  # another machine may not have the files
+        return []
+    results, setting = [_result(place) for place in places], f"{settings.length}, lr {settings.optim.base_lr:g}"
+    assert None not in results, f"{folder} ended well and measured nothing"
+    return [(Judged(FINETUNE, setting, own["top1"], seed), own["images"]) for seed, own in enumerate(results)]
 
 
-def _run(config: Path, place: Path) -> None:
+def _run(config: Path, places: Sequence[Path]) -> None:
     """``python -m finetune CONFIG`` here, beside those that the other processes start. Raises DataError where it fails."""
     home = str(Path(__file__).parents[1])
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}
@@ -115,8 +118,8 @@ def _run(config: Path, place: Path) -> None:
     if ran.returncode:
         said = " ".join(ran.stderr.strip().splitlines()[-1:])
         raise DataError(
-            f"protocol=finetune ended with code {ran.returncode} ({said}); its log is {place / 'log.txt'}, and the same"
-            " command goes on"
+            f"protocol=finetune ended with code {ran.returncode} ({said}); its log is {places[0] / 'log.txt'}, and"
+            " the same command goes on"
         )
 
 
