@@ -1,6 +1,7 @@
 """What ``python -m finetune.embed`` does: an encoder, its features of a source, a folder of files; or how fast that goes."""
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -126,23 +127,35 @@ def measure(config: EmbedConfig, report: Report) -> int:
 
         forward()  # what is slow once is not measured
         sides = {"extraction": extract, "bare forward": forward, "loading": load}
-        found = {name: [] for name in sides}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         for _ in range(ROUNDS):
             for name, act in sides.items():
-                found[name].append(num / _seconds(act))
-    rates = {name: statistics.median(each) for name, each in found.items()}
-    ratio = statistics.median(one / other for one, other in zip(found["extraction"], found["bare forward"], strict=True))
-    said = {**rates, "ratio": ratio, "loading share": rates["extraction"] / rates["loading"]}
-    spread = {name: f"({min(each):,.2f} to {max(each):,.2f})" for name, each in found.items()}
-    rows = [(name, f"{rate:,.2f} images/s {spread[name]}") for name, rate in rates.items()]
-    rows += [("ratio", f"{ratio:.3f} of the bare forward (median of {ROUNDS} rounds)")]
+                found[name].append(_seconds(act))
+    rates = {name: [num / clock for clock, _ in each] for name, each in found.items()}
+    pairs = list(zip(found["extraction"], found["bare forward"], strict=True))
+    ratio, busy = (statistics.median(bare[which] / whole[which] for whole, bare in pairs) for which in (0, 1))
+    middle = {name: statistics.median(each) for name, each in rates.items()}
+    said = {
+        **middle,
+        "ratio": ratio,
+        "ratio of processor time": busy,
+        "loading share": middle["extraction"] / middle["loading"],
+    }
+    rows = [(name, f"{middle[name]:,.2f} images/s ({min(each):,.2f} to {max(each):,.2f})") for name, each in rates.items()]
+    rows += [("ratio", f"{ratio:.3f} of the bare forward, {busy:.3f} by processor time (medians of {ROUNDS} pairs)")]
     rows += [("loading", f"{said['loading share']:.1%} of extraction's time, if nothing overlapped")]
     report.pairs(f"{num:,} images in batches of {how.batch_size}, {how.precision}, {how.workers} loader processes", rows)
     report.say(json.dumps({name: round(value, 4) for name, value in said.items()}))
     return 0
 
 
-def _seconds(act: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(act: Callable[[], object]) -> tuple[float, float]:
+    """By the clock, and of all processors, loader processes included: what a machine that others use too makes of it."""
+    start, busy = time.perf_counter(), _busy()
     act()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, _busy() - busy
+
+
+def _busy() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
