@@ -20,7 +20,8 @@ from vitssl.report import Report, program, show
 from vitssl.sections import DataConfig, Share, Size, SourceConfig
 
 PROTOCOLS = (
-    "knn", "fewshot", "logistic", "linear_mae", "linear_moco_v3", "linear_dino", "linear_dinov2", "attentive", "spectrum",
+    "knn", "fewshot", "ridge", "logistic", "linear_mae", "linear_moco_v3", "linear_dino", "linear_dinov2", "attentive",
+    "spectrum",
 )  # fmt: skip
 FINETUNE = "finetune"
 EXAMPLE = "protocol=knn encoder=runs/demo data.path=TRAIN test.path=TEST"

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from vitssl.command import Command, help_text, parse
 from vitssl.config import Count, Every, Section, Time, load
@@ -19,10 +19,20 @@ FLAGS = {
     "--bench data": "time the data engine beside the usual ones, and stop",
 }
 
+ONLINE = ("knn", "fewshot", "ridge", "logistic", "linear_mae", "linear_moco_v3", "spectrum")
+"""The protocols that need pooled features alone."""
+
 
 class TrainingConfig(DataConfig):
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="per channel, in units of [0, 1]; ImageNet's")
     std: tuple[Positive, ...] = Field((0.229, 0.224, 0.225), description="per channel, in units of [0, 1]; ImageNet's")
+
+
+def _online(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in ONLINE:
+            raise ValueError(f"{name} is none of {', '.join(ONLINE)}; python -m finetune.evaluate has others for afterwards")
+    return names
 
 
 class StartConfig(InitConfig):
@@ -48,7 +58,7 @@ class HeldoutConfig(SourceConfig):
 
 
 class ProbeConfig(Section):
-    """kNN on frozen features. ``bank``: labelled images that vote (no path: no probe); ``queries``: those they vote on."""
+    """Frozen features, judged on the way. ``bank``: labelled images to learn from (no path: no probe); ``queries``: judged."""
 
     bank: SourceConfig = SourceConfig()
     queries: SourceConfig = SourceConfig()
@@ -56,8 +66,10 @@ class ProbeConfig(Section):
     queries_samples: Count = Field(2_000, description="of the queries, at most")
     crop_pct: Share = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
     every: Every = Field(Duration(20, "%"), description="between two probes")
-    k: Count = Field(20, description="neighbours that vote")
-    temperature: float = Field(0.07, ge=0.002, description="of the vote's weights exp(cosine / T)")
+    protocols: Annotated[list[str], AfterValidator(_online)] = Field(
+        ["knn", "fewshot", "ridge", "spectrum"], description=f"some of {', '.join(ONLINE)}, as finetune.evaluate has them"
+    )
+    seeds: Count = Field(3, description="of what is drawn: few shots, the order of batches, first weights")
 
 
 class PretrainConfig(ProgramConfig):

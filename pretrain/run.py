@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pretrain.config import PretrainConfig
+from pretrain.probing import nearest
 from pretrain.start import Start
 from pretrain.watch import Watched, watch
 from vitssl import dist, objectives
@@ -112,18 +113,25 @@ def finish(session: Session) -> None:
     rows = [
         ("encoder", f"{folder / 'export' / 'encoder.safetensors'}, a plain timm state; encoder.json beside it says of what")
     ]
-    rows += [("kNN", text)] if (text := probes_in_words(folder)) else []
+    rows += probes_in_words(folder)
     rows += [("pictures", str(folder / "pictures"))] if (folder / "pictures").exists() else []
     rows += [("curves", f"tensorboard --logdir {folder}")] if config.log.trackers else []
     rows += [("next", f"python -m finetune encoder={folder / 'export'}")]
     report.pairs(f"pretrained {plan.epochs:,.4g} epochs of {plan.samples:,} images, without labels", rows)
 
 
-def probes_in_words(folder: Path) -> str:
-    """The probes of a run, first to last."""
+def probes_in_words(folder: Path) -> list[tuple[str, str]]:
+    """The neighbours of a run's probes and its drift, first to last."""
     path = folder / "probes.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    found = {row["step"]: f"{row['knn']:.1%} at step {row['step']:,}" for row in rows if "knn" in row}
-    pixels = [f"raw pixels {row['pixels_knn']:.1%}" for row in rows if "pixels_knn" in row]
-    first_and_last = [found[step] for step in sorted({min(found), max(found)})] if found else []
-    return ", ".join([" -> ".join(first_and_last), *pixels[:1]]) if found else ""
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = []
+    if neighbours := next(filter(None, (nearest(row, "knn", 20) for row in found)), None):
+        key = f"knn_{neighbours}"
+        probes = [row for row in found if key in row]
+        ends = {row["step"]: f"{row[key]:.1%} at step {row['step']:,}" for row in (probes[0], probes[-1])}
+        pixels = [f"raw pixels {row[f'pixels_{key}']:.1%}" for row in found if f"pixels_{key}" in row]
+        lines.append((f"kNN-{neighbours}", ", ".join([" -> ".join(ends.values()), *pixels[:1]])))
+    if moved := [row for row in found if row.get("cka") is not None]:
+        text = f"CKA {moved[-1]['cka']:.3f} with the weights it started from, on {moved[-1]['queries']:,} images"
+        lines.append(("drift", text))
+    return lines

@@ -2,23 +2,16 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from pretrain.config import PretrainConfig
-from vitssl import dist
+from pretrain.drift import Drift, unlabelled_drift
+from pretrain.probing import Probe
 from vitssl.data.feed import evaluation_samples, open_configured, share
-from vitssl.data.samples import Samples
 from vitssl.data.sources import Source, label_like
 from vitssl.inspect.pictures import save_sheet, sheet
-from vitssl.probes.knn import knn_accuracy
-from vitssl.probes.linear import ridge_accuracy
 from vitssl.schedule import Clock
 from vitssl.train.evaluate import evaluate
-from vitssl.train.features import extract
 from vitssl.train.loop import Event
 from vitssl.train.session import Session
-from vitssl.views import View
 
 
 @dataclass(frozen=True)
@@ -40,13 +33,16 @@ class Watched:
 
 
 def watch(session: Session, watched: Watched) -> list[Event]:
-    """The events of a run: held-out loss and pictures, and a probe where labelled images are named for one."""
+    """The events of a run: held-out loss and pictures, a probe where labelled images are named for one, and drift."""
+    drift = Drift(session) if session.config.init.weights else None
     events = [heldout(session, watched.heldout)]
     if watched.bank is not None:
-        probe = Probe(session, watched)
+        probe = Probe(session, watched.bank, watched.queries, drift)
         if session.start == 0:
             probe.baselines()
-        events.append(probe.event())
+        events.append(Event(every=session.steps(session.config.probe.every), act=probe.act))
+    elif drift is not None:
+        events.append(unlabelled_drift(session, drift, watched.heldout or session.source))
     return events
 
 
@@ -81,64 +77,3 @@ def heldout(session: Session, source: Source | None) -> Event:
                 report.images("reconstructions", sheet(pictures)[None].numpy(), step)
 
     return Event(every=session.steps(config.heldout.every), act=act)
-
-
-class Probe:
-    """Frozen features of labelled images: a bank that votes (kNN) or fits (ridge), and queries that are judged."""
-
-    def __init__(self, session: Session, watched: Watched) -> None:
-        self.session, self.watched = session, watched
-        self.bank, self.queries = self._samples(*session.engine.task.encoder.spec.image_size)
-
-    def _samples(self, height: int, width: int) -> list[Samples]:
-        """Bank and queries, as images of this size."""
-        spec, config = self.session.engine.task.encoder.spec, self.session.config
-        view = View(size=(height, width), resize=round(min(height, width) / config.probe.crop_pct))
-        options = {"channels": spec.channels, "labels": True}
-        return [
-            evaluation_samples(self.watched.bank, config.data, [view], limit=config.probe.bank_samples, **options),
-            evaluation_samples(self.watched.queries, config.data, [view], limit=config.probe.queries_samples, **options),
-        ]
-
-    def event(self) -> Event:
-        """The probe as something the loop does."""
-        return Event(every=self.session.steps(self.session.config.probe.every), act=self.act)
-
-    def act(self, step: int) -> None:
-        """Judge the encoder as it is after ``step``."""
-        engine, pooling = self.session.engine, self.session.config.pooling
-        bank, queries = (
-            extract(engine, share(samples, tell=self.session.report.say), pooling=pooling)
-            for samples in (self.bank, self.queries)
-        )
-        self._judge(step, "", *bank, *queries)
-
-    def baselines(self) -> None:
-        """What any encoder has to beat: itself before training, and the pixels themselves (of images of at most 32 x 32)."""
-        self.act(0)
-        small = self._samples(*(min(side, 32) for side in self.session.engine.task.encoder.spec.image_size))
-        self._judge(0, "pixels_", *self._pixels(small[0]), *self._pixels(small[1]))
-
-    def _judge(self, step: int, name: str, *features_and_labels: Tensor) -> None:
-        report, config = self.session.report, self.session.config.probe
-        values = {
-            f"{name}knn": knn_accuracy(*features_and_labels, k=config.k, temperature=config.temperature),
-            f"{name}ridge": ridge_accuracy(*features_and_labels),
-        }
-        report.scalars({f"probe/{key}": value for key, value in values.items()}, step)
-        report.rows("probes.jsonl", [{"step": step, **values, "bank": len(self.bank), "queries": len(self.queries)}])
-        before = "the weights it starts from" if self.session.config.init.weights else "random initialisation"
-        what = "raw pixels" if name else before if step == 0 else "encoder"
-        report.say(
-            f"step {step:,}  {what}: kNN-{config.k} {values[f'{name}knn']:.1%}, ridge {values[f'{name}ridge']:.1%}"
-            f" ({len(self.bank):,} labelled images judge {len(self.queries):,})"
-        )
-
-    def _pixels(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        (view,), device = samples.views, self.session.engine.device
-        size = samples.channels * view.size[0] * view.size[1]
-        rows = [(torch.zeros(0, size, dtype=torch.uint8), *2 * [torch.zeros(0, dtype=torch.int64)])]
-        rows += [(b.views[view].flatten(1), b.labels, b.positions) for b in share(samples, tell=lambda text: None)]
-        pixels, labels, positions = (dist.gather_rows(torch.cat(parts).to(device)) for parts in zip(*rows, strict=True))
-        order = torch.argsort(positions)
-        return pixels[order].float() - pixels.float().mean(), labels[order]

@@ -41,8 +41,8 @@ def test_six_channels_are_pretrained_and_fine_tuned(
     run = pretrain(tmp_path / "run", *ARRAYS, *place, *probe, "probe.bank.split=train", "probe.queries.split=test").ok()
     losses = run.losses()
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
-    assert any("knn" in row for row in run.rows("probes.jsonl")) and any(
-        "pixels_knn" in row for row in run.rows("probes.jsonl")
+    assert any("knn_20" in row for row in run.rows("probes.jsonl")) and any(
+        "pixels_knn_20" in row for row in run.rows("probes.jsonl")
     )
     with Image.open(sorted((run.folder / "pictures").glob("*.png"))[-1]) as picture:
         assert picture.mode == "RGB"

@@ -58,15 +58,16 @@ def test_two_processes_measure_what_one_does(pretrain: Callable, data: Path, tmp
     """Held-out images that do not divide, a probe of both kinds, and its baselines."""
     parts = {"bank": "train", "queries": "test"}
     probe = [f"probe.{part}.{key}" for part, split in parts.items() for key in (f"path={data}", f"split={split}")]
-    overrides = (*probe, "probe.k=5", "probe.every=10", f"heldout.path={data}", "heldout.split=test", "heldout.samples=7")
+    overrides = (*probe, "probe.every=10", f"heldout.path={data}", "heldout.split=test", "heldout.samples=7")
     one, two = pretrain(tmp_path / "one", *overrides).ok(), pretrain(tmp_path / "two", *overrides, processes=2).ok()
     ours, theirs = one.rows("probes.jsonl"), two.rows("probes.jsonl")
     assert [row["step"] for row in ours] == [0, 0, 10, 10, 20, 20] == [row["step"] for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         assert all(mine[key] == pytest.approx(other[key], rel=1e-5) for key in mine)
-    assert {"knn", "ridge", "pixels_knn", "heldout/loss"} <= {key for row in ours for key in row}
-    assert "kNN" in one.out.splitlines()[-3] and "raw pixels" in one.out
+    known = {"knn_20", "fewshot_5", "ridge", "rankme", "alpha_req", "pixels_knn_20", "heldout/loss"}
+    assert known <= {key for row in ours for key in row}
+    assert "kNN-20" in one.out.splitlines()[-3] and "raw pixels" in one.out
 
 
 def test_a_probe_of_fewer_images_than_processes(
@@ -74,12 +75,12 @@ def test_a_probe_of_fewer_images_than_processes(
 ) -> None:
     """One query for two processes, larger images than the pixels' baseline takes, and weights that are not random."""
     write_shard(tmp_path / "query.tar", range(1))
-    probe = [f"probe.bank.path={data}", "probe.bank.split=train", f"probe.queries.path={tmp_path}/query.tar", "probe.k=1"]
+    probe = [f"probe.bank.path={data}", "probe.bank.split=train", f"probe.queries.path={tmp_path}/query.tar"]
     run = pretrain(
         tmp_path / "run", *probe, "encoder.image_size=48", "length=1", f"init.weights={exported.folder}", processes=2
     ).ok()
     assert [row["queries"] for row in run.rows("probes.jsonl") if "queries" in row] == [1, 1, 1]
-    assert "step 0  the weights it starts from: kNN-1" in run.out and "random initialisation" not in run.out
+    assert "step 0  the weights it starts from: kNN-20 " in run.out and "random initialisation" not in run.out
 
 
 def test_tensorboard_holds_it_all(pretrain: Callable, tmp_path: Path) -> None:
@@ -154,6 +155,6 @@ def test_a_probe_whose_classes_do_not_meet_is_refused(pretrain: Callable, tmp_pa
     assert run.codes == [2] and "queries: 1 classes are not among those of" in run.err and "bank: e; correct one" in run.err
     assert not (tmp_path / "run").exists()
     shutil.rmtree(tmp_path / "queries/e")
-    rows = pretrain(tmp_path / "run", *argv, "probe.k=1", "length=2", "probe.every=2").ok().rows("probes.jsonl")
+    rows = pretrain(tmp_path / "run", *argv, "length=2", "probe.every=2").ok().rows("probes.jsonl")
     # the same pictures under the same names, though "b" is number 0 of the one folder and 1 of the other
-    assert [row["knn"] for row in rows if "knn" in row] == [1.0, 1.0]
+    assert [row["knn_4"] for row in rows if "knn_4" in row] == [1.0, 1.0]

@@ -50,7 +50,7 @@ SETTINGS = {
     "no run to resume": (["init.resume=/nowhere"], ["init.resume=/nowhere: there is no checkpoint in /nowhere/checkpoints"]),
     "no class token to pool": (["encoder.class_token=false", "pooling=class"], ["pooling=class needs a class token"]),
     "an argument that timm does not know": (["encoder.arguments.norm_layer=foo"], ["timm cannot build it", "'foo'"]),
-    "a temperature of nothing": (["probe.temperature=0.001"], ["probe.temperature=0.001: input should be greater than"]),
+    "a probe that looks at patches": (["probe.protocols=[attentive]"], ["attentive is none of knn, fewshot, ridge"]),
     "colours of grey images": (GREY, ["photometric: changes the colours of 3 channels", "encoder.channels=1"]),
     "no weights, not even for a plan": (["init.weights=/nowhere", "--plan"], ["/nowhere", "does not exist"]),
     "no weights": (["init.weights=/nowhere"], ["/nowhere", "does not exist"]),

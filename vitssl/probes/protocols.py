@@ -23,6 +23,7 @@ from vitssl.probes.attentive import attentive_accuracy, train_attentive
 from vitssl.probes.fewshot import fewshot_accuracy
 from vitssl.probes.heads import Recipe, best_head, train_heads
 from vitssl.probes.knn import knn_accuracy
+from vitssl.probes.linear import ridge_accuracy
 from vitssl.probes.logistic import GRID, logistic_accuracies
 from vitssl.probes.spectrum import alpha_req, rankme
 from vitssl.views import purpose
@@ -114,7 +115,8 @@ def wilson(accuracy: float, num: int, *, z: float = 1.96) -> tuple[float, float]
 
 def _knn(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
     features = train.features["pooled"], train.labels, test.features["pooled"], test.labels
-    return [Judged(name, f"k={k}", knn_accuracy(*features, k=k)) for k in (10, 20, 100, 200) if k <= len(train.labels)]
+    neighbours = [k for k in (10, 20, 100, 200) if k <= len(train.labels)] or [len(train.labels)]
+    return [Judged(name, f"k={k}", knn_accuracy(*features, k=k)) for k in neighbours]
 
 
 def _fewshot(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
@@ -122,6 +124,11 @@ def _fewshot(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
     most = int(torch.bincount(train.labels).max())
     cases = [(shots, seed) for shots in (1, 5, 10, 25) if shots <= most for seed in range(seeds)]
     return [Judged(name, f"{shots} shots", fewshot_accuracy(*features, shots=shots, seed=seed), seed) for shots, seed in cases]
+
+
+def _ridge(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
+    features = train.features["pooled"], train.labels, test.features["pooled"], test.labels
+    return [Judged(name, "penalty 1e-4 N", ridge_accuracy(*features, strength=1e-4))]
 
 
 def _logistic(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
@@ -178,6 +185,7 @@ def _spectrum(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
 PROTOCOLS: dict[str, Callable[[str, Split, Split, int], list[Judged]]] = {
     "knn": _knn,
     "fewshot": _fewshot,
+    "ridge": _ridge,
     "logistic": _logistic,
     **dict.fromkeys(LINEAR, _linear),
     "attentive": _attentive,
