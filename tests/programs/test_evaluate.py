@@ -1,6 +1,7 @@
 """``python -m finetune.evaluate``: frozen encoders, features kept in files, protocols over them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,11 +134,53 @@ def test_images_that_cannot_be_used_are_left_out(exported, tmp_path: Path, pictu
     for _ in range(2):
         _, used = frozen_features(encoder, open_source(tmp_path / "photos"), DataConfig(), how, ["mean"], **options)
         assert used.tolist() == [0, 1, 2, 4, 5]
-    assert len(told) == 2 and told[1].startswith("1 images of") and "left out; the first:" in told[1]
+    assert len(told) == 4 and told[3].startswith("1 images of") and "left out; the first:" in told[3], "told by every run"
+    (tmp_path / "photos/a/3.jpg").write_bytes(picture(3))
+    _, used = frozen_features(encoder, open_source(tmp_path / "photos"), DataConfig(), how, ["mean"], **options)
+    assert used.tolist() == list(range(6))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/0.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of 1 images can be used"):
         frozen_features(encoder, open_source(tmp_path / "bad"), DataConfig(), how, ["mean"], **options)
+
+
+def test_kept_features_are_of_these_files_and_this_network(exported, tmp_path: Path, picture: Callable) -> None:
+    """What has the same names but other pixels, heads or decoding is looked at anew, and damaged files are no features."""
+    encoder, facts = load_encoder(exported.folder)
+    how = Extraction(View(size=encoder.spec.image_size), facts["mean"], facts["std"])
+    for folder, first in (("train", 0), ("test", 4)):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / folder / f"a/{number}.jpg").write_bytes(picture(first + number))
+
+    def features(folder: str, *, heads: int = 1, exif: bool = False) -> tuple[np.ndarray, int]:
+        told = []
+        network = load_encoder(exported.folder)[0]
+        if heads > 1:
+            network.arguments = network.arguments | {"num_heads": heads}
+        options = {"folder": tmp_path / "features", "tell": told.append}
+        source, config = open_source(tmp_path / folder), DataConfig(exif=exif)
+        found, _ = frozen_features(network, source, config, how, ["mean"], **options)
+        return np.array(found["mean"]), len(told)
+
+    train, _ = features("train")
+    test, told = features("test")
+    assert told == 1 and not np.array_equal(train, test)
+    assert features("train")[1] == 0 and features("train", heads=2)[1] == 1 and features("train", exif=True)[1] == 1
+    (tmp_path / "train/a/0.jpg").write_bytes(picture(9))
+    changed, told = features("train")
+    assert told == 1 and not np.array_equal(changed[0], train[0]) and np.array_equal(changed[1:], train[1:])
+    for damage in (lambda file: file.unlink(), lambda file: os.truncate(file, file.stat().st_size // 2)):
+        for file in (tmp_path / "features").glob("*/mean.npy"):
+            damage(file)
+        again, told = features("train")
+        assert told == 1 and np.array_equal(again, changed)
+    network = load_encoder(exported.folder)[0]
+    with torch.no_grad():
+        network.vit.norm.weight[0] = torch.nan
+    with pytest.raises(CheckpointError, match="makes no finite numbers of a/0.jpg"):
+        options = {"folder": tmp_path / "features", "tell": print}
+        frozen_features(network, open_source(tmp_path / "train"), DataConfig(), how, ["mean"], **options)
 
 
 def test_crops_are_functions_of_the_image(exported, data: Path, tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ import numpy as np
 
 from vitssl import dist
 from vitssl.data.featurewrite import FORMATS, Rows, require_format, settle
-from vitssl.data.sources import Source, same_samples
+from vitssl.data.sources import Source, same_samples, stamp
 from vitssl.data.sources.base import printable
 from vitssl.errors import ConfigError, DataError
 from vitssl.models.encoder import Encoder
 from vitssl.sections import DataConfig
 from vitssl.task import Bad, Batch
-from vitssl.train.frozen import Extraction, extracted, mapped
+from vitssl.train.frozen import Extraction, extracted, mapped, network
 from vitssl.train.layers import Feature
 
 _PIECES, _MOST_ROWS, _MOST_BYTES = 256, 10_000, 256 << 20  # a few hundred files where there is a choice, none of them large
@@ -112,14 +112,16 @@ class Embedding:
         how = self.how
         return {
             "weights": self.weights,
+            "network": network(self.encoder),
             "data": self.source.fingerprint,
+            "files": stamp(self.source),
             "features": [feature.name for feature in self.features],
             "format": self.output.format,
             "dtype": self._dtype().name,
             "view": repr(how.view),
             "mean": list(how.mean),
             "std": list(how.std),
-            "exif": self.config.exif,
+            "decoded": [self.config.exif, self.config.arrays, self.config.max_pixels],
             "precision": how.precision,
             "device": how.device,
             "batch_size": how.batch_size,

@@ -1,8 +1,8 @@
 """Features of a frozen encoder, kept in files that every protocol reads: extracted once, continued where it was stopped.
 
 A set's features lie in a folder named by the weights, the data and the view, one ``.npy`` a kind, memory-mapped, a row an
-image in the order of the data. ``KIND.done.npy`` says of each image whether its row is written (1), cannot be (2), or is to
-come (0), so another number of processes can go on. All processes map the same files.
+image in the order of the data. ``KIND.done.npy`` says of each image whether its row is written (1) or not (0), so another
+number of processes can go on, and what could not be read is tried again by the next run. All processes map the same files.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from vitssl import dist
 from vitssl.data.augment import Normalize
 from vitssl.data.feed import evaluation_samples
 from vitssl.data.loader import evaluation_batches
-from vitssl.data.sources import Source
-from vitssl.errors import DataError
+from vitssl.data.sources import Source, stamp
+from vitssl.errors import CheckpointError, DataError
 from vitssl.models.encoder import Encoder
 from vitssl.sections import DataConfig
 from vitssl.task import Batch
@@ -88,7 +88,7 @@ def frozen_features(
     """({kind: memory-mapped [N, ...]}, rows [M] of the images that could be used), extracted as far as they are not there.
 
     ``tell`` gets a line of what is done; ``weights`` is the encoder's :func:`weights_hash` where it is known. Raises DataError
-    where no image can be used.
+    where no image can be used, CheckpointError where the encoder's numbers are none.
     """
     place = folder / _key(weights or weights_hash(encoder), encoder, source, config, how)
     features = {kind: Feature(kind) for kind in kinds}
@@ -101,7 +101,6 @@ def frozen_features(
         tell(f"{source.num_samples:,} images of {source.name}: {len(pending):,} to look at, {done:,} in {place}")
         mine = pending[dist.rank() :: dist.world()]
         bad = _fill(files, flags, extracted(encoder, source, config, how, list(features.values()), positions=mine))
-        _mark(files, flags, mine[np.any([flag[mine] == 0 for flag in flags.values()], axis=0)], 2)
         if bad := dist.gather_lists(bad):
             tell(f"{len(bad):,} images of {source.name} left out; the first: {bad[0]}")
     dist.barrier()
@@ -120,8 +119,8 @@ def weights_hash(encoder: Encoder) -> str:
 
 
 def mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A file of zeros that the first process makes where it is not there, mapped by all."""
-    if dist.rank() == 0 and not path.exists():
+    """A file of zeros that the first process makes where none is there that is whole, mapped by all."""
+    if dist.rank() == 0 and not _whole(path, dtype, shape):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}")
         open_memmap(temporary, mode="w+", dtype=dtype, shape=shape).flush()
@@ -140,28 +139,46 @@ def _fill(
         rows = batch.positions.numpy()
         for feature, own in values.items() if len(rows) else ():
             file = files[feature.name]
-            file[rows] = own.float().numpy().astype(file.dtype)
+            numbers = own.float().numpy()
+            if not np.isfinite(numbers).all():
+                raise CheckpointError(
+                    f"the encoder makes no finite numbers of {batch.keys[0]} and others ({feature.name} features); its weights"
+                    " are damaged, or are not of this network, or precision=bf16 is too coarse for them"
+                )
+            file[rows] = numbers.astype(file.dtype)
         written.append(rows)
         if number % _FLUSH == 0:
-            _mark(files, flags, np.concatenate(written), 1)
+            _mark(files, flags, np.concatenate(written))
             del written[1:]
-    _mark(files, flags, np.concatenate(written), 1)
+    _mark(files, flags, np.concatenate(written))
     return bad
 
 
-def _mark(files: dict[str, np.ndarray], flags: dict[str, np.ndarray], rows: np.ndarray, value: int) -> None:
-    """Say of rows what became of them, once they are on the disk."""
+def _mark(files: dict[str, np.ndarray], flags: dict[str, np.ndarray], rows: np.ndarray) -> None:
+    """Say of rows that they are written, once they are on the disk."""
     for file in files.values():
         file.flush()
     for flag in flags.values():
-        flag[rows] = value
+        flag[rows] = 1
         flag.flush()
 
 
 def _file(place: Path, feature: Feature, encoder: Encoder, num: int) -> np.ndarray:
     """Patch tokens are many: they are kept in float16."""
-    dtype = np.float16 if feature.kind == "patches" else np.float32
-    return mapped(place / f"{feature.name}.npy", dtype, (num, *feature.shape(encoder.spec)))
+    path, dtype = place / f"{feature.name}.npy", np.float16 if feature.kind == "patches" else np.float32
+    shape = (num, *feature.shape(encoder.spec))
+    if dist.rank() == 0 and not _whole(path, dtype, shape):
+        path.with_suffix(".done.npy").unlink(missing_ok=True)  # or zeros would pass for features
+    return mapped(path, dtype, shape)
+
+
+def _whole(path: Path, dtype: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a file is there that holds such an array; opened for writing, a shorter one would be filled up with zeros."""
+    try:
+        found = open_memmap(path, mode="r")
+    except (OSError, ValueError):
+        return False
+    return found.dtype == dtype and found.shape == shape
 
 
 def _flags(place: Path, kind: str, num: int) -> np.ndarray:
@@ -169,7 +186,21 @@ def _flags(place: Path, kind: str, num: int) -> np.ndarray:
 
 
 def _key(weights: str, encoder: Encoder, source: Source, config: DataConfig, how: Extraction) -> str:
-    """What features depend on: the weights, the data and how it is decoded, the view, the numbers that images become."""
-    said = [weights, encoder.pos_resample, source.fingerprint, source.num_samples, config.exif]
+    """What features depend on: the network and its weights, the data and how it is decoded, the view, what images become."""
+    said = [
+        weights,
+        *network(encoder),
+        source.fingerprint,
+        stamp(source),
+        source.num_samples,
+        config.exif,
+        config.arrays,
+        config.max_pixels,
+    ]
     said += [repr(how.view), list(how.mean), list(how.std), how.precision]
     return hashlib.blake2b(json.dumps(said).encode(), digest_size=12).hexdigest()
+
+
+def network(encoder: Encoder) -> list[str]:
+    """What an encoder computes beside its weights: heads, activations and epsilons are in no tensor."""
+    return [encoder.architecture, repr(sorted(encoder.arguments.items())), repr(encoder.spec), encoder.pos_resample]

@@ -12,7 +12,7 @@ from typing import Literal
 
 from vitssl.data import demo
 from vitssl.data.sources.balanced import Balanced
-from vitssl.data.sources.base import Raw, Source, same_samples
+from vitssl.data.sources.base import Raw, Source, same_samples, stamp
 from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.joined import Joined
 from vitssl.data.sources.listing import LISTS, ListSource
@@ -41,6 +41,7 @@ __all__ = [
     "same_samples",
     "several_labels",
     "several_like",
+    "stamp",
     "take_labelled",
 ]
 

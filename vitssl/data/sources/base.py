@@ -51,6 +51,27 @@ def fingerprint(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()
 
 
+def stamp(source: "Source") -> str:
+    """Sizes and times of change of the files behind a source: beside its fingerprint, which of files knows only names, this
+    tells whether what was computed of its samples and kept is of the bytes that are there now."""
+    own = [source.stamp()] if hasattr(source, "stamp") else []
+    inner = [source.source] if hasattr(source, "source") else getattr(source, "parts", [])
+    return fingerprint([*own, *map(stamp, inner)])
+
+
+def file_stamp(paths: Iterable[str]) -> bytes:
+    """Sizes and times of change of files, in order; of one that is not there it says so."""
+
+    def of(path: str) -> tuple[int, int]:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return -1, -1
+        return found.st_size, found.st_mtime_ns
+
+    return np.array([of(path) for path in paths], dtype=np.int64).tobytes()
+
+
 def same_samples(then: str, now: str) -> bool:
     """Whether two fingerprints are of the same samples; of shards that one of them only counted, by names and counts."""
     parts = list(zip(then.split("+"), now.split("+"), strict=False))

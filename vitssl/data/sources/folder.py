@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Ahead, Raw, fingerprint, one_by_one, read_file
+from vitssl.data.sources.base import Ahead, Raw, file_stamp, fingerprint, one_by_one, read_file
 from vitssl.data.tarscan import IMAGES, PICTURES
 from vitssl.errors import DataError
 
@@ -51,6 +51,10 @@ class FolderSource:
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None where an image lies outside the first-level folders."""
         return self._labels
+
+    def stamp(self) -> bytes:
+        """See :func:`vitssl.data.sources.base.stamp`."""
+        return file_stamp(os.path.join(self.name, os.fsdecode(file)) for file in self._files)
 
     def _read(self, number: int) -> Raw:
         file = os.fsdecode(self._files[number])

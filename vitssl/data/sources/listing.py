@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Ahead, Raw, fingerprint, one_by_one, read_file
+from vitssl.data.sources.base import Ahead, Raw, file_stamp, fingerprint, one_by_one, read_file
 from vitssl.data.sources.several import LabelSets, label_sets
 from vitssl.errors import ConfigError, DataError
 
@@ -57,6 +57,10 @@ class ListSource:
     def label_array(self) -> NDArray[np.int64] | None:
         """[N] labels, or None unless every image has one (``num_unlabelled`` counts those that have none)."""
         return self._labels
+
+    def stamp(self) -> bytes:
+        """See :func:`vitssl.data.sources.base.stamp`."""
+        return file_stamp(self._where(os.fsdecode(file)) for file in self._files)
 
     def label_sets(self) -> LabelSets:
         """The labels of all images, several each: those of a cell with ; between them, none where it is empty.

@@ -103,6 +103,10 @@ class ShardSource:
         counts, labels = (np.concatenate(part) for part in zip(*found, strict=True))
         return label_sets(counts, labels, self._names_of(int(labels.max(initial=-1))))
 
+    def stamp(self) -> bytes:
+        """See :func:`vitssl.data.sources.base.stamp`."""
+        return self.manifest.rows["mtime"].tobytes()
+
     def _fingerprint(self) -> str:
         """Of the shards' bytes (a mark where some are only counted), a dot, and of their names and counts."""
         rows = self.manifest.rows
