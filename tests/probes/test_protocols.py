@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitssl.probes.protocols import LINEAR, PROTOCOLS, Split, judge, needed, wilson
+from vitssl.probes.protocols import PROTOCOLS, SOURCES, Split, judge, needed, wilson
 
 
 def split(num: int, *, seed: int, told: float) -> Split:
@@ -64,7 +64,7 @@ def test_spectrum_and_what_is_needed() -> None:
     rows = judge("spectrum", split(100, seed=0, told=1.0), split(200, seed=1, told=0.0))
     assert [row.protocol for row in rows] == ["rankme", "alpha_req"] and 7 < rows[0].value <= 8
     assert needed(["knn", "fewshot"]) == () and needed(["attentive", "linear_dino"]) == ("patches", "class", "mean", "class_4")
-    assert all(protocol.source for protocol in LINEAR.values())
+    assert set(SOURCES) == set(PROTOCOLS) and all(SOURCES.values()), "a page says what each of them is"
 
 
 @pytest.mark.parametrize(

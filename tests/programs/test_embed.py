@@ -14,14 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from finetune.embed import EmbedConfig, main
 from finetune.embedding import prepare
+from finetune.encoders import open_encoder
 from vitssl.config import build, load
 from vitssl.data.featurewrite import require_format
 from vitssl.data.feed import evaluation_samples
 from vitssl.data.sources import open_source
 from vitssl.errors import ConfigError, DataError
+from vitssl.interop.ours import create
 from vitssl.report import Report
 from vitssl.sections import DataConfig
 from vitssl.train.export import load_encoder
@@ -208,3 +211,20 @@ def test_refusals(argv: list[str], exported, tmp_path: Path, picture: Callable, 
     none = replace(embedding, config=DataConfig(max_bad_fraction=1.0), output=replace(narrow.output, folder=tmp_path / "none"))
     with pytest.raises(DataError, match="none of 4 images can be used; see"):
         none.write(**told)
+
+
+def test_encoders_by_any_name(exported, tmp_path: Path) -> None:
+    """An official file ends as an export may, and is told from it by the words that are not beside it; all at any size."""
+    official, _, _ = open_encoder("random:vit_tiny_patch16_224", image_size=32)
+    save_file({f"model.{name}": tensor for name, tensor in official.state().items()}, tmp_path / "mae.safetensors")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = official.eval()(images).patches
+        for size in (None, 48):
+            found, facts, section = open_encoder(str(tmp_path / "mae.safetensors"), image_size=size)
+            assert found.spec.image_size == ((size or 32),) * 2 == tuple(create(section).spec.image_size)
+            assert facts["pooling"] == "mean"
+            if size is None:
+                torch.testing.assert_close(found.eval()(images).patches, expected)
+        found, _, section = open_encoder(str(exported.folder / "export/encoder.safetensors"), image_size=24)
+        assert found.spec.image_size == (24, 24) == tuple(create(section).spec.image_size)

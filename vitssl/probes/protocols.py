@@ -195,6 +195,7 @@ PROTOCOLS: dict[str, Callable[[str, Split, Split, int], list[Judged]]] = {
 SOURCES: dict[str, str] = {
     "knn": "weighted k-nearest neighbours, temperature 0.07: DINO eval_knn.py",
     "fewshot": "least squares on a few images of each class: big_vision fewshot_lsr.py",
+    "ridge": "ridge regression of the classes on standardised features, in closed form",
     "logistic": "logistic regression by L-BFGS over DINOv2's grid of penalties",
     **{name: f"{linear.source}; random crops as crops= says" for name, linear in LINEAR.items()},
     "attentive": "one learned query over the patch tokens: CAE, I-JEPA",
