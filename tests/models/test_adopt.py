@@ -130,3 +130,42 @@ def test_what_does_not_fit(case: str) -> None:
 def test_learned_positions_do_not_become_fixed_ones() -> None:
     with pytest.raises(CheckpointError, match=r"not the fixed table.*take encoder.positions=learned.* \(4x4\)"):
         adopt(make(1, positions="sincos"), make(2))
+
+
+FAMILIES = {
+    "DINOv3": {"name": "vit_small_patch16_dinov3"},
+    "registers, no class token": {"name": "vit_medium_patch16_rope_reg1_gap_256"},
+    "learned rotations and absolute": {"name": "vit_small_patch16_rope_mixed_ape_224"},
+    "BEiT": {"name": "beit_base_patch16_224"},
+    "one table for all blocks": {
+        "name": "beit_base_patch16_224",
+        "arguments": {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": True},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(family: str) -> None:
+    """The same answers on the same images; on another grid what the encoder's own way of loading makes of them."""
+    settings = {"registers": None, "class_token": None, "image_size": 16, "patch_size": 4} | FAMILIES[family]
+    settings["arguments"] = {"embed_dim": 24, "depth": 2, "num_heads": 2} | settings.get("arguments", {})
+
+    def one(seed: int, **changes: Any) -> Encoder:
+        torch.manual_seed(seed)
+        encoder = Encoder.create(**settings | changes)
+        for parameter in encoder.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        return encoder.eval()
+
+    encoder, other, large, expected = one(1), one(2), one(3, image_size=(24, 16)), one(4, image_size=(24, 16))
+    images = IMAGES.float()
+    assert taken(encoder, other) == []
+    torch.testing.assert_close(encoder(images).patches, other(images).patches, rtol=1e-5, atol=1e-5)
+    notes = taken(large, other)
+    expected.load_state(other.state(), resample=True, grid=(4, 4))
+    for name, tensor in expected.state().items():
+        torch.testing.assert_close(large.state()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert ("relative positions 4x4 -> 6x4 (timm's rule)" in notes) == ("beit" in settings["name"])
+    assert ("positions 4x4 -> 6x4 (timm's rule)" in notes) == ("pos_embed" in other.state())
+    with pytest.raises(CheckpointError, match=r"these weights do not fit vit_tiny_patch16_224: .*; mend it"):
+        require_like(make(0), other, advice="mend it")

@@ -26,7 +26,7 @@ def test_what_a_run_leaves(exported) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text())["encoder"]["arguments"]["embed_dim"] == 24
     log = (folder / "log.txt").read_text()
     assert "plan of" in log and "step 20/20" in log and "python -m finetune encoder=" in log
-    assert {path.name for path in (folder / "export").iterdir()} == {"encoder.safetensors", "encoder.json"}
+    assert {path.name for path in (folder / "export").iterdir()} == {"encoder.safetensors", "encoder.json", "README.md"}
 
 
 def test_what_it_says_of_every_step(exported) -> None:

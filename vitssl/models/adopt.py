@@ -30,7 +30,7 @@ def require_like(encoder: Encoder, other: Encoder, *, advice: str) -> None:
     if rows:
         raise CheckpointError(f"these weights do not fit {encoder.architecture}: {', '.join(rows)}; {advice}")
     try:
-        require_fit(*(_between(each.state()) for each in (other, encoder)), model=encoder.architecture)
+        require_fit(_between(_fitted(encoder, other)), _between(encoder.state()), model=encoder.architecture)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {advice}") from None
     surplus = [slot for slot in _slots(other) if slot not in _slots(encoder)]
@@ -48,7 +48,7 @@ def adopt(encoder: Encoder, other: Encoder) -> list[str]:
     method, channels inflated (:mod:`vitssl.models.patches`); prefix tokens that ``other`` has not begin fresh. Both must fit
     (:func:`require_like`). Raises CheckpointError where positions that were learned would become fixed ones.
     """
-    state, own, notes = other.state(), encoder.state(), []
+    state, own, notes = _fitted(encoder, other) | _stem(other), encoder.state(), []
     kernels, spec = state["patch_embed.proj.weight"], encoder.spec
     if spec.patch != other.spec.patch:
         kernels = resize_kernels(kernels, spec.patch)
@@ -58,10 +58,13 @@ def adopt(encoder: Encoder, other: Encoder) -> list[str]:
         notes.append(f"{other.spec.channels} channels -> {spec.channels}")
     state["patch_embed.proj.weight"] = kernels
     tokens, places = _prefix(encoder, other)
+    grids = f"{_by(other.spec.grid)} -> {_by(spec.grid)}"
     if "pos_embed" in state and "pos_embed" in own:
         state["pos_embed"] = torch.cat([places, _positions(encoder, other)], dim=1)
         rule = "the fixed table" if encoder.positions == "sincos" else f"{encoder.pos_resample}'s rule"
-        notes += [f"positions {_by(other.spec.grid)} -> {_by(spec.grid)} ({rule})"] if spec.grid != other.spec.grid else []
+        notes += [f"positions {grids} ({rule})"] if spec.grid != other.spec.grid else []
+    if any(own[name].shape != tensor.shape for name, tensor in _between(other.state()).items()):
+        notes.append(f"relative positions {grids} (timm's rule)")
     state |= {"cls_token": tokens[:, :1]} if spec.class_token else {}
     state |= {"reg_token": tokens[:, spec.class_token :]} if "reg_token" in own else {}
     fresh = [slot for slot in _slots(encoder) if slot not in _slots(other)]
@@ -81,6 +84,15 @@ def _words(encoder: Encoder) -> dict[str, object]:
         "blocks": f"{type(block).__name__} of {', '.join(kinds)}",
         "epsilon": max((part.eps for part in block.modules() if hasattr(part, "eps")), default=None),
     }
+
+
+def _fitted(encoder: Encoder, other: Encoder) -> dict[str, Tensor]:
+    """The state of ``other`` without its stem, with what its blocks know of places (Beit's tables) for the encoder's grid."""
+    return encoder.vit.fitted(_between(other.state()), other.spec.grid)
+
+
+def _stem(encoder: Encoder) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in encoder.state().items() if name in _CARRIED}
 
 
 def _between(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -195,8 +195,8 @@ PROTOCOLS: dict[str, Callable[[str, Split, Split, int], list[Judged]]] = {
 SOURCES: dict[str, str] = {
     "knn": "weighted k-nearest neighbours, temperature 0.07: DINO eval_knn.py",
     "fewshot": "least squares on a few images of each class: big_vision fewshot_lsr.py",
-    "ridge": "ridge regression of the classes on standardised features, in closed form",
-    "logistic": "logistic regression by L-BFGS over DINOv2's grid of penalties",
+    "ridge": "ridge regression of one-hot labels on standardised features, in closed form",
+    "logistic": "logistic regression by L-BFGS over every fourth penalty of DINOv2's grid",
     **{name: f"{linear.source}; random crops as crops= says" for name, linear in LINEAR.items()},
     "attentive": "one learned query over the patch tokens: CAE, I-JEPA",
     "spectrum": "RankMe (Garrido et al. 2023) and the exponent of alpha-ReQ (Agrawal et al. 2022): no labels are looked at",
