@@ -43,7 +43,9 @@ def test_the_encoder_waits_then_trains(waited, exported) -> None:
 
 
 def test_two_processes_wait_as_one_does(pretrain: Callable, waited, exported, tmp_path: Path) -> None:
-    run = pretrain(tmp_path / "run", *WAIT, f"init.weights={exported.folder}", processes=2).ok()
+    """Their batches accumulated, their activations computed again."""
+    carried = ("micro_batch=2", "launch.checkpointing=true")
+    run = pretrain(tmp_path / "run", *WAIT, f"init.weights={exported.folder}", *carried, processes=2).ok()
     np.testing.assert_allclose(run.losses(), waited.losses(), rtol=1e-5)
     given = load_file(exported.folder / "export/encoder.safetensors")
     assert equal_bits(run.tensors(5), given) and not equal_bits(run.tensors(6), given)

@@ -4,7 +4,8 @@ While it waits its gradients are made zero before anybody adds them up, its grou
 count of its updates stays at 0. So its parameters keep every bit, its moments are those of an optimiser that never stepped,
 clipping sees the heads alone, and its first own step is corrected as a first step is: moments gathered meanwhile would be of
 gradients through heads that had learned nothing. That is the same under every engine, because each still gets a gradient for
-every parameter (DDP waits for them; DeepSpeed's partitions step whole groups), so these steps take as long as others.
+every parameter (DDP waits for them; DeepSpeed's partitions step whole groups), so these steps take as long as others. When it
+is released the encoder follows the run's schedule from where that then stands.
 """
 
 import torch
