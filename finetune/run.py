@@ -184,6 +184,11 @@ def like_the_export(config: FinetuneConfig) -> tuple[Encoder, dict[str, Any]]:
         return encoder_like(path, **changes)
     with torch.device("meta"):
         spec = encoder_like(path)[0].spec
-    encoder, facts = encoder_like(path, **changes, registers=spec.prefix - spec.class_token + 1)
+        changes["registers"] = spec.prefix - spec.class_token + 1
+        try:
+            encoder_like(path, registers=changes["registers"])
+        except ConfigError as error:
+            raise ConfigError(f"teacher.token=true: there is no place for it ({error}); take teacher.token=false") from None
+    encoder, facts = encoder_like(path, **changes)
     nn.init.trunc_normal_(encoder.vit.reg_token.data[:, -1], std=0.02)
     return encoder, facts

@@ -15,7 +15,11 @@ from test_finetune import logits
 from finetune.predict import main as predict
 from finetune.teacher import columns_of
 from vitssl.cli import main as vitssl
+from vitssl.config import build
 from vitssl.errors import CheckpointError, ConfigError
+from vitssl.models.encoder import Encoder
+from vitssl.sections import EncoderConfig
+from vitssl.train.export import encoder_facts, write_export
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +132,25 @@ def test_timms_deit_has_two_tokens(exported, finetune: Callable, pretrain: Calla
     assert run.tensors()["state/encoder.vit.reg_token"].shape[1] == 3
     with pytest.raises(CheckpointError, match="and this encoder 4 tokens before its patches; export --to onnx"):
         vitssl(["export", str(run.folder), str(tmp_path / "timm"), "--to", "timm"])
+
+
+def test_other_families(finetune: Callable, teacher: Path, tmp_path: Path) -> None:
+    """Eva takes the token as a register; Beit has none, and learns from a teacher without."""
+    names = {"eva": "vit_small_patch16_dinov3", "beit": "beit_base_patch16_224"}
+    for name, architecture in names.items():
+        shape = {"embed_dim": 24, "depth": 1, "num_heads": 3}
+        values = {"name": architecture, "image_size": 16, "patch_size": 4, "arguments": shape}
+        section = build(EncoderConfig, values, where="here")
+        body = Encoder.create(section.name, **section.model_dump(exclude={"name"}))
+        facts = encoder_facts(body, section, mean=[0.5] * 3, std=[0.5] * 3, pooling="mean")
+        write_export(tmp_path / name, "encoder", body.state(), facts)
+    taught = (f"teacher.name={teacher}", "head.pooling=class", "length=2")
+    eva = finetune(tmp_path / "run", f"encoder={tmp_path / 'eva'}", *taught).ok()
+    with pytest.raises(CheckpointError, match="a plain ViT, and vit_small_patch16_dinov3 is not; export --to onnx"):
+        vitssl(["export", str(eva.folder), str(tmp_path / "timm"), "--to", "timm"])
+    beit = (f"encoder={tmp_path / 'beit'}", *taught)
+    refused(finetune(tmp_path / "refused", *beit), "teacher.token=true: there is no place for it", "take teacher.token=false")
+    finetune(tmp_path / "without", *beit, "teacher.token=false").ok()
 
 
 def test_two_processes_distil_the_same(finetune: Callable, teacher: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from vitssl.errors import CheckpointError
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.adapters.timm_vit import TimmViT
+from vitssl.models.encoder import Encoder
 
 ARCHITECTURE = "deit_base_distilled_patch16_224"
 
@@ -16,12 +17,15 @@ def is_distilled(facts: Mapping[str, Any]) -> bool:
 
 
 def under_deit(
-    state: Mapping[str, Tensor], facts: Mapping[str, Any], spec: EncoderSpec
+    state: Mapping[str, Tensor], facts: Mapping[str, Any], encoder: Encoder
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, facts) of timm's VisionTransformerDistilled. Raises CheckpointError where it has no place for something.
 
     What an architecture has beyond its width, depth and heads is not carried over: whoever loads it compares outputs.
     """
+    spec = encoder.spec
+    if type(encoder.vit) is not TimmViT:
+        raise CheckpointError(f"timm's DeiT is a plain ViT, and {facts['architecture']} is not; export --to onnx")
     if facts["pooling"] != "class" or "fc_norm.weight" in state:
         raise CheckpointError(
             "timm's DeiT reads the class token after the final norm, and this distilled classifier the mean over patches;"

@@ -90,7 +90,7 @@ def export_timm(
     images = trial_images(facts, images)
     ours = classifier_of(state, facts) if classifier else encoder_of(state, facts)
     if is_distilled(facts):
-        state, facts = under_deit(state, facts, ours.encoder.spec)
+        state, facts = under_deit(state, facts, ours.encoder)
     with new_folder(folder) as unfinished:
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, unfinished / "model.safetensors")
         (unfinished / "config.json").write_text(json.dumps(_hub_config(facts), indent=2) + "\n")
