@@ -164,7 +164,7 @@ def _import(arguments: argparse.Namespace) -> int:
     rows = [(title, f"{count:,} tensors") for title, count in found.coverage]
     rows += [("left over", "0 tensors"), ("network", f"{found.section.name}, images of {size}, patches of {patch}")]
     rows += [("parity", f"outputs differ by {facts['parity']:.1e} of their size")] if "parity" in facts else []
-    rows += [("epsilon", facts["norm_epsilon"])] if "norm_epsilon" in facts else []
+    rows += [(title, facts[key]) for title, key in (("epsilon", "norm_epsilon"), ("rotations", "rotations")) if key in facts]
     rows += [("written", str(weights)), ("next", f"python -m finetune encoder={arguments.folder}")]
     Report().pairs(f"{arguments.source}, as {facts['format']} writes them", rows)
     return 0

@@ -18,12 +18,14 @@ from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.interop.folder import new_folder
+from vitssl.interop.formats import MEAN, STD
 from vitssl.interop.mae import Painter
 from vitssl.interop.names import BLOCK, BLOCK_DINOV2, Layout, foreign, merge_positions, own, split_positions
-from vitssl.interop.official import MEAN, STD, Imported, section_of
+from vitssl.interop.official import Imported
 from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
 from vitssl.interop.parity import difference, exactly, require_parity, trial_images
 from vitssl.interop.settings import epsilon_of, family_of, processor_of, settings_of, with_scale
+from vitssl.interop.shapes import section_of
 from vitssl.models.state import require_fit
 from vitssl.sections import EncoderConfig
 
