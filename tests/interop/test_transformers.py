@@ -29,6 +29,7 @@ DECODER = {
     "decoder_num_attention_heads": 2,
     "decoder_intermediate_size": 32,
 }
+SHARED = {"use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("ViTModel", MLP),
     "ViT, no bias, one channel": ("ViTModel", MLP | {"qkv_bias": False, "num_channels": 1}),
@@ -42,14 +43,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DINOv2, registers": ("Dinov2WithRegistersModel", {"mlp_ratio": 4, "num_register_tokens": 3}),
     "DINOv2 classifier": ("Dinov2ForImageClassification", {"mlp_ratio": 4, "num_labels": 3}),
     "I-JEPA": ("IJepaModel", MLP),
+    "DINOv3": ("DINOv3ViTModel", MLP | {"num_register_tokens": 2, "key_bias": False}),
+    "DINOv3, gated, no bias, another base": (
+        "DINOv3ViTModel",
+        MLP | {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False, "rope_theta": 50.0},
+    ),
+    "DINOv3, a bias of keys": ("DINOv3ViTModel", MLP | {"key_bias": True, "num_register_tokens": 1}),
+    "BEiT": ("BeitModel", MLP | {"use_relative_position_bias": True}),
+    "BEiT in pretraining": ("BeitForMaskedImageModeling", MLP | SHARED | {"use_mask_token": True, "vocab_size": 8}),
+    "BEiT classifier": ("BeitForImageClassification", MLP | {"use_relative_position_bias": True, "num_labels": 3}),
+    "data2vec": ("Data2VecVisionModel", MLP | SHARED | {"use_relative_position_bias": True}),
+    "data2vec classifier": ("Data2VecVisionForImageClassification", MLP | SHARED | {"num_labels": 3}),
 }
+POOLED = {"Data2VecVisionModel": {"add_pooling_layer": True}}  # else its norm has no place
 
 
 def made(name: str, seed: int = 0, **values: Any) -> nn.Module:
     """One of transformers' networks, every weight random but a layer scale of 1, which says that there is none."""
     torch.manual_seed(seed)
     kind = getattr(transformers, name)
-    model = kind(kind.config_class(**SMALL, **values)).eval()
+    model = kind(kind.config_class(**SMALL, **values), **POOLED.get(name, {})).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lambda1" not in key or "layerscale_value" not in values:
@@ -59,11 +72,14 @@ def made(name: str, seed: int = 0, **values: Any) -> nn.Module:
 
 def seen(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
     """Tokens after the final norm, in their own order."""
-    body = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    body = getattr(model, model.base_model_prefix, model) if model.base_model_prefix in ("vit", "dinov2", "beit") else model
+    body = getattr(model, "data2vec_vision", body)
     if body.config.model_type == "vit_mae":
         body.config.mask_ratio = 0.0
         options["noise"] = torch.arange(16, dtype=images.dtype).expand(len(images), -1)
-    return body(images, **options).last_hidden_state
+    found = body(images, **options).last_hidden_state
+    norm = model.layernorm if hasattr(model, "lm_head") else getattr(getattr(body, "pooler", None), "layernorm", None)
+    return found if norm is None else norm(found)
 
 
 def with_epsilon(model: nn.Module, epsilon: float) -> nn.Module:
@@ -84,13 +100,15 @@ def test_what_is_read_computes_the_same(case: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     found = import_transformers(tmp_path)
     encoder, channels = found.encoder, values.get("num_channels", 3)
-    bound = 1e-7 if "registers" in case else 1e-12  # the class token's sum with its position is float32 here
+    # the class token's sum with its position is float32 here, and so are rotations
+    bound = 1e-7 if "registers" in case else 1e-6 if "DINOv3" in case else 1e-12
     assert found.facts["parity"] < bound and dict(found.coverage)["encoder"] > 30
-    assert ("norm_epsilon" in found.facts) == (model.config.layer_norm_eps != 1e-6)
-    with exactly(with_epsilon(model, 1e-6), encoder):
+    epsilon = 1e-5 if "DINOv3" in case else 1e-6
+    assert ("norm_epsilon" in found.facts) == (model.config.layer_norm_eps != epsilon)
+    with exactly(with_epsilon(model, epsilon), encoder):
         assert difference(tokens_of(encoder, images(channels)), seen(model, images(channels))) < bound
-        options = {} if model.config.model_type.startswith("dinov2") else {"interpolate_pos_encoding": True}
-        if model.config.model_type != "vit_mae":  # other sizes, by their own rule
+        options = {} if model.config.model_type.startswith("dino") else {"interpolate_pos_encoding": True}
+        if model.config.model_type not in ("vit_mae", "beit", "data2vec-vision"):  # other sizes, by their own rule
             larger = images(channels, 24)
             assert difference(tokens_of(encoder, larger), seen(model, larger, **options)) < 1e-6
 
@@ -111,14 +129,20 @@ def test_there_and_back_are_the_same_bits(case: str, tmp_path: Path) -> None:
     made(name, **values).save_pretrained(tmp_path / "theirs")
     once = import_transformers(tmp_path / "theirs")
     facts = facts_of(once.encoder, once.section, **{key: once.facts[key] for key in ("mean", "std", "pooling")})
-    assert export_transformers(tmp_path / "again", once.encoder.state(), facts) < 1e-12
+    assert export_transformers(tmp_path / "again", once.encoder.state(), facts) < (1e-6 if "DINOv3" in case else 1e-12)
     twice = import_transformers(tmp_path / "again")
     assert "norm_epsilon" not in twice.facts and twice.facts["mean"] == once.facts["mean"]
     assert twice.section.model_dump(exclude={"pos_resample"}) == once.section.model_dump(exclude={"pos_resample"})
     assert back(once).keys() == back(twice).keys()
     assert all(torch.equal(tensor, back(twice)[key]) for key, tensor in back(once).items())
     first, second = load_file(tmp_path / "theirs/model.safetensors"), load_file(tmp_path / "again/model.safetensors")
-    if case in ("ViT", "I-JEPA", "DINOv2", "DINOv2, gated"):  # of the same kind; a registers' class token is a sum by now
+    if case in (
+        "ViT",
+        "I-JEPA",
+        "DINOv2",
+        "DINOv2, gated",
+        "DINOv3",
+    ):  # of the same kind; a registers' class token is a sum by now
         same = {key for key in second if not key.endswith("mask_token")}
         assert same and all(torch.equal(second[key], first[key]) for key in same)
 
@@ -131,6 +155,9 @@ OURS = {
     "registers without": {"registers": 2, "arguments": {"no_embed_class": True}},
     "layer scale": {"arguments": {"init_values": 0.3}},
     "sincos, DINO's positions": {"positions": "sincos", "pos_resample": "dino"},
+    "rotations": {"name": "vit_small_patch16_dinov3", "registers": 1, "image_size": [16, 24]},
+    "rotations, gated": {"name": "vit_small_plus_patch16_dinov3_qkvb", "arguments": {"swiglu_align_to": 2}},
+    "relative positions": {"name": "beit_base_patch16_224"},
 }
 
 
@@ -149,10 +176,11 @@ def ours(seed: int = 0, **changes: Any) -> tuple[Encoder, EncoderConfig]:
 @pytest.mark.parametrize("case", OURS)
 def test_ours_go_out(case: str, tmp_path: Path) -> None:
     encoder, section = ours(**OURS[case])
-    bound = 1e-7 if "with positions" in case else 1e-12  # tokens' sums with their positions are float32 there
+    # tokens' sums with their positions are float32 there, and so are rotations
+    bound = 1e-7 if "with positions" in case or "rotations" in case else 1e-12
     assert export_transformers(tmp_path / "out", encoder.state(), facts_of(encoder, section)) < bound
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["layer_norm_eps"] == 1e-6
+    assert config["layer_norm_eps"] == (1e-5 if "rotations" in case else 1e-6)
     card = (tmp_path / "out/README.md").read_text()
     assert "license: unknown  # fill in" in card and f'{config["architectures"][0]}.from_pretrained("out")' in card
     assert not list(tmp_path.glob(".*"))
@@ -196,6 +224,10 @@ CANNOT = {
     "has no MLP of 40 for a width of 16": lambda: _encoder(arguments={"init_values": 0.3, "mlp_ratio": 2.5}),
     "differ from the original's by": lambda: _encoder(arguments={"act_layer": "relu"}),
     "classifies with plain ViTs alone": lambda: classifier(init_values=1e-5),
+    "no place for pos_embed": lambda: _encoder(name="eva_giant_patch14_224", arguments={"init_values": 0.1}),
+    "differ from the original's by .*e": lambda: _encoder(
+        name="vit_medium_patch16_rope_reg1_gap_256", class_token=True, arguments={"mlp_ratio": 3.0}
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from vitssl.interop.dinov3 import of_official, rotations
 from vitssl.interop.shapes import State, beit_section_of, dinov3_section_of, section_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which most of these were trained with
-_HALF = (0.5, 0.5, 0.5)
+HALF = (0.5, 0.5, 0.5)
 # Names of an encoder in most of these codes.
 _ENCODER = (
     r"cls_token|pos_embed|reg_token|register_tokens|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
@@ -181,7 +181,7 @@ FORMATS = {
         pooling="mean",
     ),
     "simmim": Format(prefixes=("model.encoder.", "encoder."), has=r"(model\.)?decoder\.0\.weight", **_RELATIVE),
-    "beit": Format(prefixes=("model.", ""), has=_TABLE, mean=_HALF, std=_HALF, **_RELATIVE),
+    "beit": Format(prefixes=("model.", ""), has=_TABLE, mean=HALF, std=HALF, **_RELATIVE),
     "beit_v2": Format(prefixes=("model.", ""), has=_TABLE, **_RELATIVE),
     "data2vec": Format(prefixes=("model.", ""), has=_TABLE, **_RELATIVE),
     "timm": Format(prefixes=("",), own=r"head\..*|fc_norm\..*", beside="", section={}, pooling="class"),

@@ -7,26 +7,30 @@ import torch
 from torch import Tensor, nn
 
 from vitssl.errors import CheckpointError
+from vitssl.interop.dinov3 import BASE
+from vitssl.interop.names import is_gated
 
 
 def family_of(state: Mapping[str, Tensor], classifier: bool) -> str:
     """The model_type that has what an encoder has. Raises CheckpointError where none does."""
     class_token, registers = "cls_token" in state, "reg_token" in state
-    width = state["blocks.0.mlp.fc1.weight"].shape[0]
-    scaled = "blocks.0.ls1.gamma" in state or width != state["blocks.0.mlp.fc2.weight"].shape[1]
+    relative, rotary = any(name.endswith("relative_position_bias_table") for name in state), "blocks.0.gamma_1" in state
+    scaled = relative or rotary or "blocks.0.ls1.gamma" in state or is_gated(state)
     if classifier and (registers or scaled or not class_token):
         raise CheckpointError("transformers classifies with plain ViTs alone: no registers, no layer scale, one class token")
     if not class_token and (registers or scaled):
         raise CheckpointError(
             "transformers has no ViT with registers or layer scale that lacks a class token; export --to timm"
         )
+    if relative or rotary:
+        return "beit" if relative else "dinov3_vit"
     return "dinov2_with_registers" if registers else "dinov2" if scaled else "vit" if class_token else "ijepa"
 
 
 def settings_of(family: str, state: Mapping[str, Tensor], facts: Mapping[str, Any], ours: nn.Module) -> dict[str, Any]:
     """The configuration of the network that computes what ours does."""
     width, channels, *patch = state["patch_embed.proj.weight"].shape
-    hidden, inner = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
+    inner, gated = state["blocks.0.mlp.fc2.weight"].shape[1], is_gated(state)
     size = facts["image_size"]
     found = {
         "hidden_size": width,
@@ -40,14 +44,38 @@ def settings_of(family: str, state: Mapping[str, Tensor], facts: Mapping[str, An
         "hidden_act": "gelu_pytorch_tanh" if facts["arguments"].get("act_layer") == "gelu_tanh" else "gelu",
     }
     if family.startswith("dinov2"):
-        found |= {"mlp_ratio": _mlp_ratio(width, inner, gated=inner != hidden), "use_swiglu_ffn": inner != hidden}
+        found |= {"mlp_ratio": _mlp_ratio(width, inner, gated=gated), "use_swiglu_ffn": gated}
         found |= {"num_register_tokens": state["reg_token"].shape[1]} if "reg_token" in state else {}
     else:
-        found["intermediate_size"] = hidden
+        found["intermediate_size"] = inner
+    found |= _dinov3(state, facts, gated) if family == "dinov3_vit" else _beit(state) if family == "beit" else {}
     labels = {"id2label": dict(enumerate(facts["classes"]))} if "classes" in facts else {}
     labels |= {"label2id": {name: index for index, name in enumerate(facts["classes"])}} if labels else {}
     labels |= {"problem_type": "multi_label_classification"} if facts.get("labels") == "several" else {}
     return found | labels
+
+
+def _dinov3(state: Mapping[str, Tensor], facts: Mapping[str, Any], gated: bool) -> dict[str, Any]:
+    biases = "blocks.0.attn.q_bias" in state or "blocks.0.attn.qkv.bias" in state
+    return {
+        "query_bias": biases,
+        "key_bias": "blocks.0.attn.qkv.bias" in state,
+        "value_bias": biases,
+        "use_gated_mlp": gated,
+        "hidden_act": "silu" if gated else "gelu",
+        "num_register_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0,
+        "rope_theta": float(facts["arguments"].get("rope_temperature", BASE)),
+    }
+
+
+def _beit(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        "use_absolute_position_embeddings": "pos_embed" in state,
+        "use_relative_position_bias": "blocks.0.attn.relative_position_bias_table" in state,
+        "use_shared_relative_position_bias": "rel_pos_bias.relative_position_bias_table" in state,
+        "layer_scale_init_value": 0.1 if "blocks.0.gamma_1" in state else 0.0,
+        "use_mean_pooling": False,
+    }
 
 
 def _mlp_ratio(width: int, inner: int, *, gated: bool) -> int:

@@ -97,7 +97,7 @@ def beit_section_of(state: State, *, heads: int | None = None, grid: Grid | None
         "qkv_bias": "blocks.0.attn.q_bias" in state,
         "init_values": 0.1 if "blocks.0.gamma_1" in state else 0.0,
         "use_abs_pos_emb": "pos_embed" in state,
-        "use_rel_pos_bias": table is not None and not shared,
+        "use_rel_pos_bias": "blocks.0.attn.relative_position_bias_table" in state,
         "use_shared_rel_pos_bias": shared,
     }
     size = [side * pixels for side, pixels in zip(grid, patch, strict=True)]

@@ -1,4 +1,4 @@
-"""Hugging Face transformers' ViT, ViTMAE, DINOv2 (with registers too) and I-JEPA: from a local folder and into one.
+"""Hugging Face transformers' ViT, ViTMAE, DINOv2, DINOv3, I-JEPA, BEiT, data2vec: from a local folder and into one.
 
 Surprising: transformers' ViTs normalise with an epsilon of 1e-12 unless their configuration says otherwise, timm's with 1e-6.
 What goes out carries its epsilon in config.json. What comes in is compared at timm's, and the distance to its own is told.
@@ -7,7 +7,6 @@ What goes out carries its epsilon in config.json. What comes in is compared at t
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,14 @@ from torch import Tensor, nn
 from vitssl.card import write_card
 from vitssl.config import build
 from vitssl.errors import CheckpointError
+from vitssl.interop.families import BESIDE, FAMILIES, Family
 from vitssl.interop.folder import new_folder
-from vitssl.interop.formats import MEAN, STD
 from vitssl.interop.mae import Painter
-from vitssl.interop.names import BLOCK, BLOCK_DINOV2, Layout, foreign, merge_positions, own, split_positions
+from vitssl.interop.names import foreign, own, split_positions
 from vitssl.interop.official import Imported
 from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
 from vitssl.interop.parity import difference, exactly, require_parity, trial_images
 from vitssl.interop.settings import epsilon_of, family_of, processor_of, settings_of, with_scale
-from vitssl.interop.shapes import section_of
 from vitssl.models.state import require_fit
 from vitssl.sections import EncoderConfig
 
@@ -39,31 +37,6 @@ ACTIVATIONS = {"gelu": {}, "gelu_new": {"act_layer": "gelu_tanh"}, "gelu_pytorch
 transformers.utils.logging.disable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Family:
-    """``model``: the encoder's class; ``resample``: our name of its rule for other image sizes; ``options``: of its making."""
-
-    model: str
-    layout: Layout
-    pooling: str
-    resample: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-
-
-_PLAIN, _DINOV2 = Layout("layers", BLOCK), Layout("encoder.layer", BLOCK_DINOV2)
-_HALVES = (0.5, 0.5, 0.5)  # what ViTImageProcessor takes where nothing is said
-FAMILIES = {  # model_type -> family
-    "vit": Family("ViTModel", _PLAIN, "class", "mae", {"add_pooling_layer": False}, _HALVES, _HALVES),
-    "vit_mae": Family("ViTMAEModel", _PLAIN, "mean", "mae"),
-    "dinov2": Family("Dinov2Model", _DINOV2, "class", "mae"),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel", _DINOV2, "class", "timm"),
-    "ijepa": Family("IJepaModel", _PLAIN, "mean", "mae"),
-}
-BESIDE = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")  # what is no part of an encoder
-
-
 def import_transformers(folder: Path) -> Imported:
     """The encoder of a folder with config.json and model.safetensors, as ``save_pretrained`` writes it.
 
@@ -74,20 +47,22 @@ def import_transformers(folder: Path) -> Imported:
     if kind is None:
         known = ", ".join(FAMILIES)
         raise CheckpointError(f"{folder} holds a model of type {config.get('model_type')!r}; those that are read: {known}")
-    model, beside = _load(kind.model, folder, **kind.options)
+    model, beside = _load(kind.model, folder, **kind.load_options(config.get("architectures") or []))
     settings = model.config
-    state = own({key: value for key, value in model.state_dict().items() if not key.startswith(BESIDE)}, kind.layout)
-    beside += [key for key in model.state_dict() if key.startswith(BESIDE) and key not in beside]
+    theirs = {key.replace("pooler.layernorm.", "layernorm."): value for key, value in model.state_dict().items()}
+    state = own({key: value for key, value in theirs.items() if not key.startswith(BESIDE)}, kind.layout)
+    beside += [key for key in theirs if key.startswith(BESIDE) and key not in beside]
     gammas = [name for name in state if name.endswith(".gamma")]
     if all(torch.equal(state[name], torch.ones_like(state[name])) for name in gammas):
         state = {name: tensor for name, tensor in state.items() if name not in gammas}  # a scale of 1 is none
-    state = merge_positions(state)
+    state = kind.convert(state)
     sides = zip(_pair(settings.image_size), _pair(settings.patch_size), strict=True)
-    values = section_of(state, heads=settings.num_attention_heads, grid=tuple(side // patch for side, patch in sides))
+    values = kind.section_of(state, heads=settings.num_attention_heads, grid=tuple(side // patch for side, patch in sides))
     said = {"pooling": kind.pooling, "pos_resample": kind.resample} | config.get("vitssl", {})  # what our export noted there
     values["pos_resample"] = said["pos_resample"]
-    if not getattr(settings, "use_swiglu_ffn", False):
+    if not (getattr(settings, "use_swiglu_ffn", False) or getattr(settings, "use_gated_mlp", False)):
         values["arguments"] |= _activation(settings.hidden_act, folder)
+    values["arguments"] |= kind.arguments(settings)
     section = build(EncoderConfig, values, where=str(folder))
     encoder = create(section)
     encoder.load_state(state)
@@ -102,12 +77,12 @@ def import_transformers(folder: Path) -> Imported:
         expected, found = _tokens(model, images), tokens_of(encoder, images)
         far = difference(found, expected)
         _set_epsilon(model, epsilon_of(encoder))
-        facts["parity"] = require_parity(found, _tokens(model, images), what=str(folder))
+        facts["parity"] = require_parity(found, _tokens(model, images), what=str(folder), tolerance=kind.tolerance)
     if settings.layer_norm_eps != epsilon_of(encoder):
         facts["norm_epsilon"] = f"{epsilon_of(encoder):g} instead of {settings.layer_norm_eps:g}: outputs differ by {far:.1e}"
         if far > FARTHEST:
             raise CheckpointError(f"{folder}: its norms need an epsilon that timm's do not have ({facts['norm_epsilon']})")
-    num = sum(not key.startswith(BESIDE) for key in model.state_dict())
+    num = sum(not key.startswith(BESIDE) for key in theirs)
     return Imported(encoder, section, facts, [("encoder", num), ("beside it", len(beside))])
 
 
@@ -120,8 +95,9 @@ def export_transformers(
     images: Tensor | None = None,
     painter: Painter | None = None,
 ) -> float:
-    """Write what ``from_pretrained(folder)`` reads: ViTModel, Dinov2Model, Dinov2WithRegistersModel or IJepaModel by what the
-    encoder has, ViTForImageClassification, or with a ``painter``, the decoder of an MAE, ViTMAEForPreTraining.
+    """Write what ``from_pretrained(folder)`` reads: ViTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, IJepaModel
+    or BeitModel by what the encoder has, ViTForImageClassification, or with a ``painter``, the decoder of an MAE,
+    ViTMAEForPreTraining.
 
     Returns the difference reached. Raises CheckpointError where transformers has no such network; ``folder`` is then not there.
     """
@@ -163,7 +139,7 @@ def export_transformers(
                 found, expected = read(images).logits, ours(images)
             else:
                 found, expected = _tokens(read, images), tokens_of(ours, images)
-            reached = require_parity(found, expected, what=str(folder))
+            reached = require_parity(found, expected, what=str(folder), tolerance=kind.tolerance)
         usage = f'import transformers\n\nmodel = transformers.{name}.from_pretrained("{folder.name}")'
         notes = "Pooling is left to the reader: last_hidden_state holds all tokens after the final norm."
         notes = notes if name == kind.model else ""
@@ -176,7 +152,9 @@ def _converted(state: Mapping[str, Tensor], family: str, facts: Mapping[str, Any
     width, _, *patch = state["patch_embed.proj.weight"].shape
     num = math.prod(side // pixels for side, pixels in zip(facts["image_size"], patch, strict=True))
     found = foreign(split_positions(with_scale(state, family), num_patches=num), FAMILIES[family].layout)
-    return found | ({"embeddings.mask_token": torch.zeros(1, width)} if family.startswith("dinov2") else {})
+    shape = {"dinov2": (1, width), "dinov2_with_registers": (1, width), "dinov3_vit": (1, 1, width)}.get(family)
+    found |= {"embeddings.mask_token": torch.zeros(shape)} if shape else {}
+    return {"embeddings.register_tokens": torch.zeros(1, 0, width)} | found if family == "dinov3_vit" else found
 
 
 def _note(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -216,7 +194,9 @@ def _load(name: str, folder: Path, **options: Any) -> tuple[nn.Module, list[str]
 def _tokens(model: nn.Module, images: Tensor) -> Tensor:
     """[B, R + N, D] after the final norm. ViTMAE is told to drop nothing and to keep the order."""
     if model.config.model_type != "vit_mae":
-        return model(images).last_hidden_state
+        found = model(images).last_hidden_state
+        norm = getattr(getattr(model, "pooler", None), "layernorm", None)  # a BEiT's that normalises after pooling
+        return found if norm is None else norm(found)
     model.config.mask_ratio = 0.0
     num = model.embeddings.position_embeddings.shape[1] - 1
     return model(images, noise=torch.arange(num, dtype=images.dtype).expand(len(images), -1)).last_hidden_state
