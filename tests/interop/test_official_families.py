@@ -184,3 +184,27 @@ def test_simmim_is_the_official_one(tmp_path: Path) -> None:
     torch.testing.assert_close(patches.transpose(1, 2).unflatten(2, (4, 4)), outputs["encoder_out"], rtol=0, atol=1e-12)
     with pytest.raises(CheckpointError, match=r"1 tensors belong to no part of simmim \(model.encoder.odd\)"):
         read({"model": weights | {"encoder.odd": torch.ones(1)}}, tmp_path, format="simmim")
+
+
+@pytest.mark.parametrize(
+    "name, format", [("vit_base_patch16_clip_224", "open_clip"), ("vit_base_patch16_clip_quickgelu_224", "openai_clip")]
+)
+def test_clip_towers(name: str, format: str, tmp_path: Path) -> None:
+    """Under open_clip's names, with the text tower beside; the file does not say the activation."""
+    model = made(name, img_size=16, mlp_ratio=3.0)
+    state = {"visual.proj": torch.ones(32, 8), "text_projection": torch.ones(32, 8), "logit_scale": torch.ones(())}
+    state |= {"token_embedding.weight": torch.ones(9, 32), "transformer.resblocks.0.ln_1.weight": torch.ones(32)}
+    names = {"patch_embed.proj": "conv1", "norm_pre": "ln_pre", "norm1": "ln_1", "norm2": "ln_2", "norm.": "ln_post."}
+    names |= {"blocks.": "transformer.resblocks.", "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj"}
+    names |= {"fc1": "c_fc", "fc2": "c_proj", "cls_token": "class_embedding", "pos_embed": "positional_embedding"}
+    for key, tensor in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[f"visual.{key}"] = tensor.squeeze(0).squeeze(0) if "embedding" in key else tensor.clone()
+    with pytest.raises(CheckpointError, match="may be of open_clip or openai_clip, whose encoders have the same names; say"):
+        read(state, tmp_path, heads=2)
+    found = read({"state_dict": prefixed(state, "module."), "epoch": 3}, tmp_path, heads=2, format=format)
+    assert sum(count for _, count in found.coverage) == len(state) and found.facts["std"][0] == 0.26862954
+    assert same(model, found.encoder, (16, 16)) < 1e-12
+    with pytest.raises(CheckpointError, match=f"1 tensors belong to no part of {format} .visual.odd"):
+        read(state | {"visual.odd": torch.ones(1)}, tmp_path, heads=2, format=format)

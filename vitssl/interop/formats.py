@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitssl.interop.dinov3 import of_official, rotations
-from vitssl.interop.shapes import State, beit_section_of, dinov3_section_of, section_of
+from vitssl.interop.shapes import State, beit_section_of, clip_section_of, dinov3_section_of, section_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which most of these were trained with
 HALF = (0.5, 0.5, 0.5)
@@ -29,6 +29,23 @@ _BEIT = (
     rf"|blocks\.\d+\.({_BLOCK}|attn\.[qv]_bias|gamma_[12]|mlp\.fc[12]\.(weight|bias)|attn\.relative_position_bias_table)"
     r"|rel_pos_bias\.relative_position_bias_table"
 )
+_CLIP = (
+    r"class_embedding|positional_embedding|conv1\.weight|ln_(pre|post)\.(weight|bias)"
+    r"|transformer\.resblocks\.\d+\.(ln_[12]\.|attn\.in_proj_|attn\.out_proj\.|mlp\.c_(fc|proj)\.)(weight|bias)"
+)
+_CLIP_NAMES = {
+    "conv1.": "patch_embed.proj.",
+    "transformer.resblocks.": "blocks.",
+    "ln_pre.": "norm_pre.",
+    "ln_post.": "norm.",
+    ".ln_": ".norm",
+    ".in_proj_": ".qkv.",
+    ".out_proj.": ".proj.",
+    ".c_fc.": ".fc1.",
+    ".c_proj.": ".fc2.",
+    "class_embedding": "cls_token",
+    "positional_embedding": "pos_embed",
+}
 _ALWAYS = (
     r"(optimizer|optim|opt|scaler|fp16_scaler|amp|epoch|iteration|lr|loss|args)(\..*)?"  # beside the weights, in any of them
 )
@@ -54,9 +71,18 @@ def _of_beit(state: State) -> State:
     return {name.replace("fc_norm.", "norm."): tensor for name, tensor in state.items()}
 
 
-def _width_heads(known: Mapping[int, int]) -> Callable[[State], int | None]:
+def _of_clip(state: State) -> State:
+    found: State = {}
+    for name, tensor in state.items():
+        for theirs, ours in _CLIP_NAMES.items():
+            name = name.replace(theirs, ours)
+        found[name] = tensor.reshape(1, -1, tensor.shape[-1]) if name in ("cls_token", "pos_embed") else tensor
+    return found
+
+
+def _width_heads(known: Mapping[int, int], stem: str = "patch_embed.proj.weight") -> Callable[[State], int | None]:
     """Heads by the width of the patch embedding, where they are not timm's."""
-    return lambda state: known.get(state["patch_embed.proj.weight"].shape[0])
+    return lambda state: known.get(state[stem].shape[0])
 
 
 @dataclass(frozen=True)
@@ -76,6 +102,7 @@ class Format:
     has: str = r".*"
     convert: Callable[[State], State] = _as_it_is
     heads: Callable[[State], int | None] = lambda state: None
+    stem: str = "patch_embed.proj.weight"  # the one tensor by which an encoder is known to be there
     encoder: str = _ENCODER
     section_of: Callable[..., dict[str, Any]] = section_of
     remarks: Callable[[State], dict[str, str]] = lambda state: {}
@@ -86,7 +113,7 @@ class Format:
         """What is what in a file, None where no encoder of this format is in it."""
         for prefix in self.prefixes:
             inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            if "patch_embed.proj.weight" in inside and any(re.fullmatch(self.has, name) for name in tensors):
+            if self.stem in inside and any(re.fullmatch(self.has, name) for name in tensors):
                 encoder = {name: tensor for name, tensor in inside.items() if re.fullmatch(self.encoder, name)}
                 others = [name for name in tensors if name.removeprefix(prefix) not in encoder or not name.startswith(prefix)]
                 left = [name for name in others if not self._declares(name, prefix)]
@@ -119,6 +146,20 @@ _RELATIVE: dict[str, Any] = {
     "convert": _of_beit,
     "encoder": _BEIT,
     "section_of": beit_section_of,
+}
+_TOWERS: dict[str, Any] = {
+    "prefixes": ("visual.", "state_dict.visual."),
+    "own": "proj",
+    "beside": r"(state_dict\.)?(positional_embedding|text_projection|logit_(scale|bias)|attn_mask|context_length|vocab_size"
+    r"|input_resolution|token_embedding\.weight|ln_final\.(weight|bias)|transformer\.resblocks\..*|text\..*)",
+    "pooling": "class",
+    "convert": _of_clip,
+    "heads": _width_heads({1280: 16, 1408: 16, 1664: 16}, "conv1.weight"),
+    "stem": "conv1.weight",
+    "encoder": _CLIP,
+    "section_of": clip_section_of,
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
 }
 FORMATS = {
     "mae": Format(
@@ -184,6 +225,8 @@ FORMATS = {
     "beit": Format(prefixes=("model.", ""), has=_TABLE, mean=HALF, std=HALF, **_RELATIVE),
     "beit_v2": Format(prefixes=("model.", ""), has=_TABLE, **_RELATIVE),
     "data2vec": Format(prefixes=("model.", ""), has=_TABLE, **_RELATIVE),
+    "open_clip": Format(section={}, **_TOWERS),
+    "openai_clip": Format(section={"name": "vit_base_patch16_clip_quickgelu_224"}, **_TOWERS),
     "timm": Format(prefixes=("",), own=r"head\..*|fc_norm\..*", beside="", section={}, pooling="class"),
     "deit": Format(
         prefixes=("model.",),

@@ -106,6 +106,14 @@ def beit_section_of(state: State, *, heads: int | None = None, grid: Grid | None
     return {**own, "image_size": size, "arguments": arguments}
 
 
+def clip_section_of(state: State, *, heads: int | None = None, grid: Grid | None = None) -> dict[str, Any]:
+    """As :func:`section_of` for CLIP's ViT, which normalises before the blocks too; the name says its activation."""
+    values = section_of(state, heads=heads or _heads(state["patch_embed.proj.weight"].shape[0]), grid=grid)
+    width, hidden = state["norm.weight"].shape[0], state["blocks.0.mlp.fc1.weight"].shape[0]
+    sizes = {"embed_dim": width, "depth": _depth(state), "mlp_ratio": _ratio(hidden, width)}
+    return values | {"name": "vit_base_patch16_clip_224", "arguments": {"num_heads": values["arguments"]["num_heads"]} | sizes}
+
+
 def _depth(state: State) -> int:
     return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
 
