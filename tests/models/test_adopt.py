@@ -16,9 +16,8 @@ def make(seed: int = 0, **changes: Any) -> Encoder:
     """A small encoder whose weights are all random, also those that begin at zero; fixed positions stay."""
     torch.manual_seed(seed)
     arguments = {"embed_dim": 24, "depth": 2, "num_heads": 2} | changes.pop("arguments", {})
-    encoder = Encoder.create(
-        "vit_tiny_patch16_224", **{"image_size": 16, "patch_size": 4, "registers": 0} | changes, arguments=arguments
-    )
+    values = {"name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "registers": 0} | changes
+    encoder = Encoder.create(**values, arguments=arguments)
     with torch.no_grad():
         for parameter in encoder.parameters():
             if parameter.requires_grad:
@@ -33,6 +32,7 @@ def taken(encoder: Encoder, other: Encoder) -> list[str]:
 
 IMAGES = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 REGISTERS = {"registers": 2, "arguments": {"no_embed_class": True}}
+DINOV3 = {"name": "vit_small_patch16_dinov3", "registers": 4}
 SAME = {  # (the new encoder, the old one, what is said)
     "equal": ({}, {}, []),
     "fixed positions": ({"positions": "sincos"}, {"positions": "sincos"}, []),
@@ -43,6 +43,8 @@ SAME = {  # (the new encoder, the old one, what is said)
     "registers without positions, which the new one has": ({"registers": 2}, REGISTERS, []),
     "no class token": ({"class_token": False}, {"class_token": False}, []),
     "drop path": ({"drop_path": 0.3}, {}, []),
+    "rotations": (DINOV3, DINOV3, []),
+    "relative positions": ({"name": "beit_base_patch16_224"}, {"name": "beit_base_patch16_224"}, []),
 }
 
 
@@ -54,7 +56,8 @@ def test_the_same_network_says_the_same(case: str) -> None:
     ours, theirs = encoder(IMAGES), other(IMAGES)
     torch.testing.assert_close(ours.patches, theirs.patches, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours.prefix, theirs.prefix, rtol=1e-10, atol=1e-10)
-    assert not encoder.vit.pos_embed.requires_grad if encoder.positions == "sincos" else encoder.vit.pos_embed.requires_grad
+    if encoder.vit.pos_embed is not None:
+        assert encoder.vit.pos_embed.requires_grad == (encoder.positions != "sincos")
 
 
 def test_other_images_patches_and_channels_are_told() -> None:
@@ -125,6 +128,30 @@ def test_what_does_not_fit(case: str) -> None:
         )  # fmt: skip
     with pytest.raises(CheckpointError, match=message):
         require_like(encoder, make(2, **theirs), advice="mend it")
+
+
+def test_rotations_that_differ_are_seen_though_shapes_are_equal() -> None:
+    encoder, other = make(1, **DINOV3), make(2, **DINOV3, arguments={"rope_temperature": 50.0})
+    with pytest.raises(
+        CheckpointError, match=r"rotations \w+DinoV3 of temperature 50.0, .* instead of \w+ of temperature 100.0"
+    ):
+        require_like(encoder, other, advice="mend it")
+
+
+def test_relative_positions_move_to_another_grid() -> None:
+    other, encoder = (make(2, name="beit_base_patch16_224", image_size=size) for size in (16, 24))
+    assert taken(encoder, other) == ["relative positions 4x4 -> 6x6 (timm's rule)"]
+    with torch.device("meta"):
+        settings = {"image_size": 24, "patch_size": 4, "arguments": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
+        outline = Encoder.create("beit_base_patch16_224", **settings)
+    require_like(outline, other, advice="mend it")
+    expected = Encoder.create("beit_base_patch16_224", **settings)
+    expected.load_state(other.state(), resample=True, grid=(4, 4))
+    for name, tensor in expected.state().items():
+        torch.testing.assert_close(encoder.state()[name].float(), tensor, rtol=0, atol=1e-6)
+    larger, rotary = make(1, **DINOV3 | {"image_size": 32}), make(2, **DINOV3)
+    assert taken(larger, rotary) == []  # rotations are computed for any grid
+    assert all(torch.equal(larger.state()[name], tensor) for name, tensor in rotary.state().items())
 
 
 def test_learned_positions_do_not_become_fixed_ones() -> None:

@@ -82,6 +82,7 @@ def _words(encoder: Encoder) -> dict[str, object]:
         "depth": spec.depth,
         "heads": spec.heads,
         "blocks": f"{type(block).__name__} of {', '.join(kinds)}",
+        "rotations": encoder.vit.rotations,
         "epsilon": max((part.eps for part in block.modules() if hasattr(part, "eps")), default=None),
     }
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vitssl.models.adapters.timm_vit import TimmViT
 from vitssl.models.positions import Grid, ResampleRule
 
+_TOLD = ("temperature", "grid_offset", "grid_indexing", "rotate_half", "normalize_coords", "ref_feat_shape", "mrope_section")
+
 
 class TimmEva(TimmViT):
     """The parts of a timm ``Eva``, with or without absolute positions beside the rotary ones."""
@@ -33,6 +35,12 @@ class TimmEva(TimmViT):
         self.pos_drop = model.pos_drop
         self.rope = model.rope
         self.rope_mixed: bool = model.rope_mixed
+
+    @property
+    def rotations(self) -> str:
+        told = {key: getattr(self.rope, key, None) for key in _TOLD}
+        said = ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
+        return "none" if self.rope is None else f"{type(self.rope).__name__} of {said}"
 
     @property
     def any_size_in_a_graph(self) -> bool:

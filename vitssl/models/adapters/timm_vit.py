@@ -99,6 +99,11 @@ class TimmViT(nn.Module):
         self.grid: Grid = tuple(model.patch_embed.grid_size)
 
     @property
+    def rotations(self) -> str:
+        """How queries and keys are turned by their place, in words, since no shape tells it."""
+        return "none"
+
+    @property
     def any_size_in_a_graph(self) -> bool:
         """Whether a traced graph can serve images of any size, or its positions need the size to be known."""
         return self.pos_embed is None or self.pos_resample != "dino"
