@@ -29,10 +29,18 @@ EXAMPLE = "protocol=knn encoder=runs/demo data.path=TRAIN test.path=TEST"
 
 def _known(names: str | list[str]) -> list[str]:
     names = [names] if isinstance(names, str) else names
+    if not names:
+        raise ValueError(f"is empty; take some of {', '.join(PROTOCOLS)}, {FINETUNE}, or all")
     for name in names:
         if name not in (*PROTOCOLS, FINETUNE, "all"):
             raise ValueError(f"{name} is no protocol; take some of {', '.join(PROTOCOLS)}, {FINETUNE}, or all")
     return list(dict.fromkeys(each for name in names for each in (PROTOCOLS if name == "all" else (name,))))
+
+
+def _named(names: str | list[str]) -> str | list[str]:
+    if not names:
+        raise ValueError("is empty; name at least one")
+    return names
 
 
 def _files(paths: Any) -> Any:
@@ -56,7 +64,7 @@ class EvaluateConfig(Section):
     protocol: Annotated[str | list[str], AfterValidator(_known)] = Field(
         "knn", description="one, a list, or all: every one but finetune, which trains whole networks (protocol=[all,finetune])"
     )
-    encoder: str | list[str] = Field(
+    encoder: Annotated[str | list[str], AfterValidator(_named)] = Field(
         "newest",
         description="exports, official files, timm:TAG, hf:FOLDER, random:EXPORT or TIMM_NAME; newest: last below runs",
     )

@@ -15,7 +15,7 @@ from finetune.tuned import SOURCE, Judging, Labelled, finetuned, settings_of
 from vitssl import dist
 from vitssl.data.feed import open_configured
 from vitssl.data.layout import choose_workers
-from vitssl.data.sources import Source, label_like
+from vitssl.data.sources import Source, label_like, refuse_stray
 from vitssl.errors import DataError
 from vitssl.models.encoder import Encoder
 from vitssl.probes.protocols import LINEAR, SOURCES, Judged, Split, judge, needed, wilson
@@ -52,6 +52,8 @@ def _open(name: str, own: SetConfig, config: EvaluateConfig, report: Report) -> 
     for source in (train, test):
         if source.label_array() is None:
             raise DataError(f"{source.name}: needs a label for every image here (.cls members, or class folders)")
+        if source.classes is None:
+            refuse_stray(source.name, source.label_array())
     return Labelled(name, own, train, test)
 
 

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from vitssl.inspect.comparison import TOGETHER, compared, comparison_page, in_lines
+from vitssl.inspect.comparison import TOGETHER, compared, comparison_page, in_lines, titles
 from vitssl.probes.protocols import wilson
 
 
@@ -39,6 +39,19 @@ def test_cells_are_means_over_seeds_and_sets() -> None:
     assert list(sets) == ["pets", "cars", TOGETHER] and list(sets[TOGETHER]) == ["linear_mae"], "what all sets have"
     assert sets[TOGETHER]["linear_mae"]["runs/a"].mean == pytest.approx((0.6 + 0.2) / 2)
     assert list(compared(ROWS[:10])) == ["pets"]
+
+
+@pytest.mark.parametrize(
+    "encoders, called",
+    [
+        (["runs/a", "random:runs/a", "timm:vit_tiny"], ["a", "random:a", "timm:vit_tiny"]),
+        (["runs/a/export", "runs/b/export"], ["a/export", "b/export"]),
+        (["x/a", "/y/x/a"], ["x/a", "y/x/a"]),
+        (["runs/a"], ["a"]),
+    ],
+)
+def test_columns_can_be_told_apart(encoders: list[str], called: list[str]) -> None:
+    assert titles(encoders) == called
 
 
 def test_lines_of_text() -> None:

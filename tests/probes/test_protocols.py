@@ -60,6 +60,11 @@ def test_seeds_give_rows_of_their_own() -> None:
     assert len({row.value for row in rows if row.setting == "1 shots"}) > 1
 
 
+def test_fewer_images_than_the_fewest_neighbours() -> None:
+    (row,) = judge("knn", split(3, seed=0, told=1.0), split(20, seed=1, told=1.0))
+    assert row.setting == "k=3"
+
+
 def test_spectrum_and_what_is_needed() -> None:
     rows = judge("spectrum", split(100, seed=0, told=1.0), split(200, seed=1, told=0.0))
     assert [row.protocol for row in rows] == ["rankme", "alpha_req"] and 7 < rows[0].value <= 8

@@ -251,3 +251,11 @@ def test_refusals(argv: list[str], tmp_path: Path, data: Path) -> None:
         main([word for word in argv if not word.startswith("encoder=")] + [f"encoder={tmp_path}/nowhere"])
     with pytest.raises(DataError, match=r"test: .*nothing is there"):
         main([word for word in argv if not word.startswith("test.")] + [f"test.path={data}/none-*.tar"])
+    for empty in ("protocol=[]", "encoder=[]"):
+        with pytest.raises(ConfigError, match=rf"{empty[:-3]}.*is empty"):
+            main([word for word in argv if not word.startswith("encoder=")] + [empty])
+    stray = tmp_path / "stray.csv"
+    stray.write_text("path,label\n" + "".join(f"{tmp_path}/{number}.jpg,{number * 10_000}\n" for number in range(3)))
+    (tmp_path / "0.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="has 3 different labels, and one is 20,000; number classes from 0 on"):
+        main([word for word in argv if not word.startswith("data.")] + [f"data.path={stray}"])

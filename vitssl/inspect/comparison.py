@@ -62,7 +62,7 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Lines]:
 def in_lines(lines: Lines) -> list[tuple[str, str]]:
     """(line, its cells side by side), with a line of the encoders first where there are several."""
     encoders = _encoders([lines])
-    head = [("", "   ".join(f"{short(each)[-24:]:>24}" for each in encoders))] if len(encoders) > 1 else []
+    head = [("", "   ".join(f"{title[-24:]:>24}" for title in titles(encoders)))] if len(encoders) > 1 else []
     return head + [
         (name, "   ".join(f"{cells[each].in_words if each in cells else '':>24}" for each in encoders))
         for name, cells in lines.items()
@@ -96,15 +96,21 @@ def comparison_page(sets: Mapping[str, Lines], facts: Mapping[str, Any]) -> str:
     return html.page("Frozen encoders, judged", parts)
 
 
-def short(encoder: str) -> str:
-    """What an encoder is called in a column: its last part, behind what stands before a colon."""
-    kind, colon, _ = encoder.partition(":")
-    return f"{kind if colon else ''}{colon}{Path(encoder).name.rpartition(':')[2]}"
+def titles(encoders: Sequence[str]) -> list[str]:
+    """What encoders are called in columns: the last part of a path, behind what stands before a colon, or as many parts of it
+    as tell one from the others."""
+    found = []
+    for num in range(1, 1 + max((len(Path(each).parts) for each in encoders), default=0)):
+        places = [each.rpartition(":") for each in encoders]
+        found = [f"{kind}{colon}{'/'.join(Path(rest).parts[-num:])}" for kind, colon, rest in places]
+        if len(set(found)) == len(encoders):
+            break
+    return found
 
 
 def _grid(lines: Lines) -> str:
     encoders = _encoders([lines])
-    header = ["", *(escape(short(each)) for each in encoders)]
+    header = ["", *map(escape, titles(encoders))]
     rows = [[escape(name), *(_cell_html(cells.get(each), name) for each in encoders)] for name, cells in lines.items()]
     return html.grid(header, rows, best=[_best(encoders, cells) for cells in lines.values()])
 

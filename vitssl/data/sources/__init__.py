@@ -12,7 +12,7 @@ from typing import Literal
 
 from vitssl.data import demo
 from vitssl.data.sources.balanced import Balanced
-from vitssl.data.sources.base import Raw, Source, same_samples, stamp
+from vitssl.data.sources.base import Raw, Source, refuse_stray, same_samples, stamp
 from vitssl.data.sources.folder import FolderSource
 from vitssl.data.sources.joined import Joined
 from vitssl.data.sources.listing import LISTS, ListSource
@@ -38,6 +38,7 @@ __all__ = [
     "find_shards",
     "label_like",
     "open_source",
+    "refuse_stray",
     "same_samples",
     "several_labels",
     "several_like",

@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vitssl.errors import DataError
+
 MAX_BYTES = 256 << 20  # of one encoded image: of a larger member nothing good is to be expected
 DEFAULT_MEMORY = 1 << 30  # bytes of chunks that a process may hold, where nobody said how many
 
@@ -49,6 +51,13 @@ def fingerprint(parts: Iterable[str | bytes]) -> str:
     for part in parts:
         digest.update((part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")) + b"\0")
     return digest.hexdigest()
+
+
+def refuse_stray(name: str, labels: NDArray[np.int64]) -> None:
+    """Raise DataError where numbers are no classes counted from 0: a head would have an output for each up to the largest."""
+    different, largest = len(np.unique(labels)), int(labels.max())
+    if largest >= max(1000, 10 * different):
+        raise DataError(f"{name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
 
 
 def stamp(source: "Source") -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint
+from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint, refuse_stray
 from vitssl.errors import DataError
 
 SHOWN = 3  # classes that a message names
@@ -64,10 +64,9 @@ def several_labels(source: Source) -> Several:
     sets = source.label_sets()
     if not len(sets.labels):
         raise DataError(f"{source.name}: no sample has a label; write them, as cat;dog in a list's column label")
-    different, largest = len(np.unique(sets.labels)), int(sets.labels.max())
-    if sets.classes is None and largest >= max(1000, 10 * different):
-        raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
-    classes = sets.classes or tuple(map(str, range(largest + 1)))
+    if sets.classes is None:
+        refuse_stray(source.name, sets.labels)
+    classes = sets.classes or tuple(map(str, range(int(sets.labels.max()) + 1)))
     return Several(source, _without_repeats(sets), classes)
 
 
