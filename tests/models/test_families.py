@@ -236,7 +236,21 @@ def test_copies_and_other_numbers_keep_what_is_no_parameter():
     with torch.no_grad():
         expected = joined(encoder(images))
         assert torch.equal(joined(copy.deepcopy(encoder)(images)), expected)
-        torch.testing.assert_close(joined(encoder.double()(images.double())).float(), expected, rtol=0, atol=1e-5)
+        encoder.double()
+        model = timm_twin(encoder).double()
+        assert torch.equal(joined(encoder(images.double())), model.forward_features(images.double()))
+
+
+def test_tables_of_rotations_are_kept_for_each_grid_and_serve_training_after_inference():
+    encoder = tiny(**EVAS["DINOv3"]).train()
+    with torch.inference_mode():
+        joined(encoder(pictures(encoder)))
+    for size in ((32, 32), (16, 40), (32, 32)):
+        joined(encoder(pictures(encoder, size))).sum().backward()
+    assert [grid for grid, *_ in encoder.vit._tables] == [(4, 4), (2, 5)]
+    for step in range(100):
+        encoder(pictures(encoder, (8, 8 * (step + 1))))
+    assert len(encoder.vit._tables) <= 64
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ KEYS = ("image_size", "patch_size", "channels", "registers", "class_token", "dro
 
 def adapter_of(name: str) -> type[TimmViT]:
     """The adapter that serves a timm name, if one does."""
-    return next((adapter for module, adapter in ADAPTERS.items() if is_model_in_modules(name, module)), TimmViT)
+    return next((adapter for module, adapter in ADAPTERS.items() if is_model_in_modules(name, (module,))), TimmViT)
 
 
 def build(

@@ -9,6 +9,7 @@ seeded with every step, and an average of the weights, being in evaluation mode,
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from timm.layers import RotaryEmbeddingDinoV3
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vitssl.models.adapters.timm_vit import TimmViT
 from vitssl.models.positions import Grid, ResampleRule
 
+_GRIDS = 64  # whose tables are kept
 _TOLD = ("temperature", "grid_offset", "grid_indexing", "rotate_half", "normalize_coords", "ref_feat_shape", "mrope_section")
 
 
@@ -35,6 +37,7 @@ class TimmEva(TimmViT):
         self.pos_drop = model.pos_drop
         self.rope = model.rope
         self.rope_mixed: bool = model.rope_mixed
+        self._tables: dict[tuple[Grid, torch.device, torch.dtype], Tensor] = {}
 
     @property
     def rotations(self) -> str:
@@ -54,12 +57,27 @@ class TimmEva(TimmViT):
         """Sines and cosines: one table for all blocks, or with mixed RoPE, which is learned, one a block and head."""
         if self.rope is None:
             return None
-        table = self.rope.get_embed(shape=list(grid))  # [N, 2 x width of a head], or [blocks, heads, N, 2 x width of a head]
+        table = self._table(grid)  # [N, 2 x width of a head], or [blocks, heads, N, 2 x width of a head]
         tables = table.unbind(0) if self.rope_mixed else [table] * len(self.blocks)
         if keep is not None:
             kept = _kept(table, keep) if not self.rope_mixed else None
             tables = [_kept(each, keep) for each in tables] if kept is None else [kept] * len(self.blocks)
         return [{"rope": each} for each in tables]
+
+    def _table(self, grid: Grid) -> Tensor:
+        """Sines and cosines of a grid, kept where they will be the same: timm makes them from numbers on the host, for whose
+        copy a GPU would wait in every forward.
+        """
+        changing = self.rope_mixed or (self.training and self.rope.aug_active)
+        if changing or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return self.rope.get_embed(shape=list(grid))
+        made_of = next(self.rope.buffers())
+        key = (grid, made_of.device, made_of.dtype)
+        if key not in self._tables:
+            if len(self._tables) == _GRIDS:
+                self._tables.clear()
+            self._tables[key] = self.rope.get_embed(shape=list(grid))
+        return self._tables[key]
 
 
 def _kept(table: Tensor, keep: Tensor) -> Tensor:
