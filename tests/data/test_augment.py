@@ -62,6 +62,19 @@ def test_rand_augment_reaches_the_view_after_its_flip(picture: Image.Image) -> N
     assert (pixels == [255, 0, 0]).all()
 
 
+@pytest.mark.parametrize("config", ["rand-m10-p1", "rand-m10-p1-inc1", "rand-m20-p1-mmax20-inc1"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_every_operation_at_its_largest_magnitude(picture: Image.Image, mode: str, config: str) -> None:
+    """Posterising to 0 bits is a black image, as it was with the Pillow of the official codes; newer ones refuse it."""
+    augment = rand_augment(config, mean=(0.485, 0.456, 0.406) if mode == "RGB" else (0.5,), size=24)
+    assert len(augment._transform.ops) == 15
+    for operation in pickle.loads(pickle.dumps(augment))._transform.ops:
+        shown = operation(picture.convert(mode))
+        assert shown.mode == mode and shown.size == picture.size
+        if operation.name == "PosterizeIncreasing":
+            assert not np.asarray(shown).any()
+
+
 @pytest.mark.parametrize("config", ["rnd-m9", "rand-q9", "rand-mx", "rand-m1.5", "rand-tnone"])
 def test_rand_augment_refuses_what_timm_does_not_know(config: str) -> None:
     with pytest.raises(ConfigError, match=r"is no RandAugment of timm.*; write for example rand-m9-mstd0.5-inc1"):

@@ -7,10 +7,11 @@ the sample and put back afterwards, so an augmented image is a function of (seed
 import random
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from vitssl import draws
@@ -110,6 +111,11 @@ def erasing(probability: float) -> Callable[[Tensor], Tensor] | None:
     return erase
 
 
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, as the official codes ran it: of 0 bits the image is black. Pillow 13 refuses what older ones did."""
+    return image if bits >= 8 else ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
+
+
 class RandAugment:
     """``augment(image, seed) -> image``: RandAugment of one PIL image, the same for the same seed. Picklable."""
 
@@ -128,6 +134,9 @@ class RandAugment:
             raise ConfigError(
                 f"augment.rand_augment={config!r} is no RandAugment of timm{reason}; write for example rand-m9-mstd0.5-inc1"
             ) from None
+        for operation in self._transform.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
         kept, kept_numpy = random.getstate(), np.random.get_state()
