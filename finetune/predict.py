@@ -8,10 +8,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vitssl.errors import ConfigError
 from vitssl.report import Report, program
@@ -28,19 +30,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which one of several labels is told")
     parser.add_argument("--jsonl", type=Path, help="write a line of JSON for every image")
     parser.add_argument("--batch-size", type=int, default=64, help="images looked at together (64)")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: that of the run's evaluation"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     given = parser.parse_args(argv)
     if given.top < 1 or given.batch_size < 1:
         raise ConfigError("--top and --batch-size are at least 1")
     if not 0 <= given.threshold <= 1:
         raise ConfigError(f"--threshold {given.threshold}: is a probability, from 0 to 1")
-    report, count = Report(), 0
+    report, count, labelled, right = Report(), 0, 0, 0
     shown: list[tuple[str, str]] = []
-    options = {"device": given.device, "batch_size": given.batch_size, "top": given.top, "threshold": given.threshold}
-    rows = predictions(given.run, given.data, report, **options)
-    with open(given.jsonl, "w") if given.jsonl else nullcontext() as file:
+    names = ("device", "precision", "batch_size", "top", "threshold")
+    rows = predictions(given.run, given.data, report, **{name: getattr(given, name) for name in names})
+    with _replaced(given.jsonl) as file:
         for row in rows:
-            count += 1
+            count, labelled, right = count + 1, labelled + ("right" in row), right + row.get("right", False)
             if file:
                 file.write(json.dumps(row) + "\n")
             if len(shown) < SHOWN:
@@ -48,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
                 shown.append((row["image"], ", ".join(f"{each['class']} {each['probability']:.1%}" for each in said) or "none"))
     more = f", the first {SHOWN}" if count > SHOWN else ""
     report.pairs(f"{count:,} images{more}", shown)
+    if labelled:
+        report.say(f"right of {labelled:,} with a label: {right / labelled:.2%}")
     if given.jsonl:
         report.say(f"{count:,} lines in {given.jsonl}")
     return 0
@@ -59,21 +66,24 @@ def predictions(
     report: Report,
     *,
     device: str = "auto",
+    precision: str = "auto",
     batch_size: int = 64,
     top: int = 5,
     threshold: float = 0.5,
 ) -> Iterator[dict[str, Any]]:
     """{"image", "top": [{"class", "probability"}, ...]} of every image that can be used, in order.
 
-    Of a classifier of several labels "labels" stand in the place of "top": all above ``threshold``, the surest first.
+    Of a classifier of several labels "labels" stand in the place of "top": all above ``threshold``, the surest first. Of one
+    label, "label" is the image's own, where its source gives all images one, and "right" whether the first choice is that:
+    left out for a label that is none of the classes. ``precision``: auto is that of the run's own evaluation.
 
-    Raises CheckpointError where ``run`` holds no classifier, DataError where no image can be used.
+    Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU, DataError where no image can be
+    used.
     """
     import torch
 
     from vitssl.data.augment import Normalize
     from vitssl.data.feed import evaluation_samples, share
-    from vitssl.data.sources import open_source
     from vitssl.interop.ours import classifier_of
     from vitssl.sections import DataConfig
     from vitssl.train.export import read_export
@@ -83,27 +93,98 @@ def predictions(
     state, facts = read_export(place, "classifier")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model = classifier_of(state, facts).to(device)
+    cast = _autocast(model, precision, facts.get("precision", "fp32"), device, report)
     size = tuple(facts.get("tested_size", facts["image_size"]))
     view = View(size=size, resize=round(min(size) / facts.get("crop_pct", 1.0)))
-    source = _listed(data) if all(os.path.isfile(path) and _is_picture(path) for path in data) else open_source(_one(data))
     channels = model.encoder.spec.channels
-    samples = evaluation_samples(source, DataConfig(), [view], channels=channels)
     normalize = Normalize(facts["mean"], facts["std"], channels=channels).to(device)
     classes, several = facts["classes"], facts.get("labels") == "several"
     wanted = len(classes) if several else min(top, len(classes))
-    with torch.inference_mode():
+    for folder, source in _opened(data):
+        labels = source.labels and not several
+        samples = evaluation_samples(source, DataConfig(**facts.get("decoding", {})), [view], channels=channels, labels=labels)
         for batch in share(samples, tell=report.say, batch_size=batch_size):
-            logits = model(normalize(batch.views[view].to(device)))
+            with torch.inference_mode(), cast():
+                logits = model(normalize(batch.views[view].to(device))).float()
             shares = logits.double().sigmoid() if several else logits.softmax(dim=1)
             values, numbers = shares.topk(wanted, dim=1)
-            for key, own, best in zip(batch.keys, values.tolist(), numbers.tolist(), strict=True):
+            given = batch.labels.tolist() if labels else [None] * len(batch)
+            for key, own, best, label in zip(batch.keys, values.tolist(), numbers.tolist(), given, strict=True):
                 told = [{"class": classes[number], "probability": value} for number, value in zip(best, own, strict=True)]
                 above = [each for each in told if each["probability"] > threshold]
-                yield {"image": key} | ({"labels": above} if several else {"top": told})
+                row = {"image": os.path.join(folder, key)} | ({"labels": above} if several else {"top": told})
+                yield row | (_judged(label, source.classes, classes, told[0]["class"]) if labels else {})
 
 
-def _one(data: Sequence[str]) -> str | list[str]:
-    return data[0] if len(data) == 1 else list(data)
+def _judged(label: int, names: Sequence[str] | None, classes: Sequence[str], first: str) -> dict[str, Any]:
+    """An image's label by its name, or where only numbers are given, by that of the class with its number."""
+    name = names[label] if names else classes[label] if 0 <= label < len(classes) else str(label)
+    return {"label": name} | ({"right": name == first} if name in classes else {})
+
+
+def _autocast(model: Any, asked: str, recorded: str, device: str, report: Report) -> Callable[[], AbstractContextManager]:
+    """What is put around a forward, so that it computes as the run's evaluation did."""
+    import torch
+
+    precision = recorded if asked == "auto" else asked
+    if precision == "fp16" and device == "cpu":
+        if asked == "fp16":
+            raise ConfigError("--precision fp16 needs a GPU; take bf16 or fp32")
+        report.say("the run was evaluated in fp16, which needs a GPU; here it is fp32")
+        precision = "fp32"
+    if precision == "fp32":
+        return nullcontext
+    from vitssl.models.adapters.timm_vit import fuse_attention
+    from vitssl.train.launch import fuses_attention
+
+    if not fuses_attention(device, precision):
+        fuse_attention(model, False)
+    return partial(torch.autocast, device, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def _opened(data: Sequence[str]) -> list[tuple[str, Any]]:
+    """(folder that its keys begin at, source) of all data: images one after the other are one source, and so are shards."""
+    from vitssl.data.sources import open_source
+    from vitssl.data.sources.patterns import PARQUET, TAR, is_shard
+    from vitssl.data.stores import parted
+
+    def kind(numbered: tuple[int, str]) -> Any:
+        number, path = numbered
+        if os.path.isfile(path) and _is_picture(path):
+            return "images"
+        return next((form.several for form in (TAR, PARQUET) if is_shard(parted(path)[1], form)), number)
+
+    found = []
+    for what, group in groupby(enumerate(data), key=kind):
+        paths = [path for _, path in group]
+        if what == "images":
+            found.append(("", _listed(paths)))
+        else:
+            found.append((paths[0] if isinstance(what, int) else "", open_source(paths[0] if len(paths) == 1 else paths)))
+    return found if len(found) > 1 else [("", found[0][1])]
+
+
+@contextmanager
+def _replaced(path: Path | None) -> Iterator[TextIO | None]:
+    """The file that will stand at ``path``; what stands there already is replaced when all is written. Raises ConfigError."""
+    if path is None:
+        yield None
+        return
+    whole = path.exists() and not path.is_file()  # a pipe, or /dev/stdout
+    unfinished = path if whole else path.with_name(f".{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = unfinished.open("w")
+    except OSError as error:
+        raise ConfigError(f"--jsonl {path}: cannot be written ({error.strerror}); name another file") from None
+    try:
+        with file:
+            yield file
+        if not whole:
+            os.replace(unfinished, path)
+    finally:
+        if not whole:
+            unfinished.unlink(missing_ok=True)
 
 
 def _is_picture(path: str) -> bool:

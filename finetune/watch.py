@@ -126,6 +126,8 @@ class Evaluation:
             "image_size": list(encoder.spec.image_size),
             "tested_size": list(self.view.size),
             "crop_pct": session.config.test.crop_pct,
+            "decoding": session.config.data.model_dump(include={"exif", "arrays", "max_pixels"}),
+            "precision": session.engine.precision,
             "pos_resample": encoder.pos_resample,
             "mean": list(session.config.data.mean),
             "std": list(session.config.data.std),

@@ -11,6 +11,8 @@ import pytest
 from outcome import refused
 from PIL import Image
 
+from finetune.predict import main as predict
+
 SIX = ["encoder.channels=6", "data.mean=[0.5,0.5,0.5,0.5,0.5,0.5]", "data.std=[0.3,0.3,0.3,0.3,0.3,0.3]"]
 ARRAYS = [*SIX, "data.arrays=true"]
 
@@ -49,7 +51,10 @@ def test_six_channels_are_pretrained_and_fine_tuned(
     facts = json.loads((run.folder / "export/encoder.json").read_text())
     assert facts["arguments"]["in_chans"] == 6 and len(facts["mean"]) == len(facts["std"]) == 6
     tuned = [f"encoder={run.folder}", *place, f"test.path={cubes}", "data.arrays=true", "augment.erasing=0.5"]
-    assert "top1" in finetune(tmp_path / "tuned", *tuned).ok().rows("probes.jsonl")[-1]
+    last = finetune(tmp_path / "tuned", *tuned).ok().rows("probes.jsonl")[-1]
+    assert predict([str(tmp_path / "tuned"), f"{cubes}/test-0.tar", "--jsonl", str(tmp_path / "rows.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert sum(row["right"] for row in rows) / 12 == last["top1"]
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,76 @@
 """``python -m finetune.predict``: the same answers as the run's own evaluation, from any images."""
 
+import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from finetune.predict import main
-from vitssl.data.sources import open_source
 from vitssl.errors import CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
-def tuned(finetune: Callable, tmp_path_factory: pytest.TempPathFactory):
-    return finetune(tmp_path_factory.mktemp("tuned") / "run", "test.crop_pct=0.8").ok()
+def turned(tmp_path_factory: pytest.TempPathFactory, picture: Callable) -> Path:
+    """Class folders of images that lie on their side, as their camera noted."""
+    folder = tmp_path_factory.mktemp("turned")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in range(16):
+        (folder / f"{number % 4}").mkdir(exist_ok=True)
+        with Image.open(io.BytesIO(picture(number, size=(32, 20)))) as image:
+            image.save(folder / f"{number % 4}/{number:02}.jpg", exif=exif)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(finetune: Callable, turned: Path, tmp_path_factory: pytest.TempPathFactory):
+    own = ("test.crop_pct=0.8", "data.exif=true", "launch.precision=bf16", "optim.base_lr=1e-2")
+    return finetune(tmp_path_factory.mktemp("tuned") / "run", f"test.path={turned}", "test.split=null", *own).ok()
 
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_answers_are_the_evaluations(tuned, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main([str(tuned.folder), f"{data}/test-0.tar", "--jsonl", f"{tmp_path}/rows.jsonl", "--top", "2"]) == 0
-    found, source = rows(tmp_path / "rows.jsonl"), open_source(data, split="test")
-    raws = source.read(range(16))
-    assert [row["image"] for row in found] == [raw.key for raw in raws]
-    hits = sum(row["top"][0]["class"] == str(raw.label) for row, raw in zip(found, raws, strict=True))
-    facts = json.loads((tuned.folder / "export/last/classifier.json").read_text())
-    assert hits / 16 == pytest.approx(facts["top1"])
-    assert all(len(row["top"]) == 2 and row["top"][0]["probability"] >= row["top"][1]["probability"] for row in found)
+def loss(found: list[dict]) -> float:
+    """Cross entropy of rows that tell all classes."""
+    likely = [next(each["probability"] for each in row["top"] if each["class"] == row["label"]) for row in found]
+    return -sum(map(math.log, likely)) / len(likely)
+
+
+def test_answers_are_the_evaluations(tuned, turned: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Turned, cropped and rounded as in the evaluation, and each beside its label."""
+    assert main([str(tuned.folder), str(turned), "--jsonl", f"{tmp_path}/new/rows.jsonl"]) == 0
+    found, last = rows(tmp_path / "new/rows.jsonl"), tuned.rows("probes.jsonl")[-1]
+    keys = [f"{label}/{number:02}.jpg" for label in range(4) for number in range(label, 16, 4)]
+    assert [row["image"] for row in found] == keys
+    assert all(row["label"] == row["image"][0] and row["right"] == (row["top"][0]["class"] == row["label"]) for row in found)
+    assert sum(row["right"] for row in found) / 16 == last["top1"] and loss(found) == pytest.approx(last["loss"], rel=1e-6)
+    assert all(len(row["top"]) == 4 and row["top"][0]["probability"] >= row["top"][1]["probability"] for row in found)
     out = capsys.readouterr().out
     assert out.startswith("16 images") and found[0]["image"] in out and "16 lines in" in out
+    assert f"right of 16 with a label: {last['top1']:.2%}" in out
+    argv = [str(tuned.folder), str(turned), "--jsonl", f"{tmp_path}/rows.jsonl"]
+    assert main([*argv, "--precision", "fp32", "--top", "4"]) == 0
+    assert 1e-6 < abs(loss(rows(tmp_path / "rows.jsonl")) / last["loss"] - 1) < 0.02
+
+
+def test_any_mixture_of_places(tuned, turned: Path, data: Path, picture: Callable, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for file in ("photos/one.jpg", "two.jpg", "three.jpg"):
+        (tmp_path / file).write_bytes(picture(5))
+    shards, alone = [f"{data}/train-{number}.tar" for number in (2, 0)], [f"{tmp_path}/three.jpg", f"{tmp_path}/two.jpg"]
+    jsonl = tmp_path / "rows.jsonl"
+    assert main([str(tuned.folder), *alone, str(turned), f"{tmp_path}/photos", *shards, "--jsonl", str(jsonl)]) == 0
+    found = rows(jsonl)
+    keys = [row["image"] for row in found]
+    assert len(keys) == 59 and keys[:2] == alone and keys[2:4] == [f"{turned}/0/00.jpg", f"{turned}/0/04.jpg"]
+    assert keys[18] == f"{tmp_path}/photos/one.jpg" and keys[19::20] == ["train-2.tar/0040", "train-0.tar/0000"]
+    assert "label" not in found[0] and found[0]["top"] == found[18]["top"] and found[19]["label"] == "0"
 
 
 def test_files_and_folders(tuned, tmp_path: Path, picture: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -54,7 +94,13 @@ def test_refusals(tuned, exported, tmp_path: Path) -> None:
         (str(tuned.folder), str(tmp_path)): (DataError, "holds no image"),
         (str(tuned.folder), f"{tmp_path}/none.jpg"): (DataError, "nothing is there"),
         (str(tuned.folder), str(tmp_path), "--top", "0"): (ConfigError, "at least 1"),
+        (str(tuned.folder), str(tmp_path), "--precision", "fp16", "--device", "cpu"): (ConfigError, "fp16 needs a GPU; take"),
+        (str(tuned.folder), str(tmp_path), "--jsonl", str(tmp_path)): (ConfigError, "cannot be written .*; name another file"),
+        (str(tuned.folder), str(tmp_path), "--jsonl", f"{tmp_path}/rows.jsonl/rows"): (ConfigError, "cannot be written"),
     }
+    (tmp_path / "rows.jsonl").write_text("precious\n")
     for argv, (kind, words) in cases.items():
         with pytest.raises(kind, match=words):
-            main(list(argv))
+            main([*argv, *(() if "--jsonl" in argv else ("--jsonl", f"{tmp_path}/rows.jsonl"))])
+        assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+        assert (tmp_path / "rows.jsonl").read_text() == "precious\n"
