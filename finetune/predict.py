@@ -84,7 +84,7 @@ def predictions(
 
     from vitssl.data.augment import Normalize
     from vitssl.data.feed import evaluation_samples, share
-    from vitssl.interop.ours import classifier_of
+    from vitssl.interop.ours import classifier_of, resized
     from vitssl.sections import DataConfig
     from vitssl.train.export import read_export
     from vitssl.views import View
@@ -95,7 +95,7 @@ def predictions(
     model = classifier_of(state, facts).to(device)
     cast = _autocast(model, precision, facts.get("precision", "fp32"), device, report)
     size = tuple(facts.get("tested_size", facts["image_size"]))
-    view = View(size=size, resize=round(min(size) / facts.get("crop_pct", 1.0)))
+    view = View(size=size, resize=resized(size, facts))
     channels = model.encoder.spec.channels
     normalize = Normalize(facts["mean"], facts["std"], channels=channels).to(device)
     classes, several = facts["classes"], facts.get("labels") == "several"

@@ -4,6 +4,7 @@ Its head is what the Hugging Face hub reads.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def write_card(
 ) -> None:
     """``README.md``: what the model is, how it is loaded, how it was made, and what was measured.
 
-    ``run``: the folder whose configuration and last probe are quoted; ``differs``: how far its outputs are from those of the
+    ``run``: the folder whose configuration and probe are quoted; ``differs``: how far its outputs are from those of the
     network that it was made from, relative to their size.
     """
     task = "image-classification" if "classes" in facts else "image-feature-extraction"
@@ -51,6 +52,9 @@ def _inputs(facts: Mapping[str, Any]) -> dict[str, Any]:
         "deviation": facts["std"],
         "pooling": {"mean": "mean over patches", "class": "class token"}[facts["pooling"]],
     }
+    if "crop_pct" in facts:
+        height, width = facts.get("tested_size", facts["image_size"])
+        found["judged"] = f"at {height} x {width} pixels, the central {facts['crop_pct']:.1%} of the shorter side"
     return found | ({"classes": f"{len(facts['classes']):,}"} if "classes" in facts else {})
 
 
@@ -60,10 +64,11 @@ def _origin(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(facts: Mapping[str, Any], run: Path | None) -> dict[str, Any]:
-    """The last line of the run's probes, and what the export itself says."""
+    """What the run's probes say of the export's step, or else of the last one before it, and what the export itself says."""
     found = {"top-1": f"{facts['top1']:.2%}"} if "top1" in facts else {}
     if run and (run / "probes.jsonl").is_file():
         lines = (run / "probes.jsonl").read_text().splitlines()
-        last = json.loads(lines[-1]) if lines else {}
+        rows = [row for row in map(json.loads, lines) if row.get("step", 0) <= facts.get("step", math.inf)]
+        last = rows[-1] if rows else {}
         found |= {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in last.items()}
     return found or {"numbers": "none recorded"}

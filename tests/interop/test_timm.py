@@ -1,6 +1,7 @@
 """timm's models come in and ours go out: what timm loads by one line computes the same; there and back are the same bits."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -144,17 +146,22 @@ def test_a_classifier_goes_out(name: str, pooling: str, tmp_path: Path) -> None:
     )
     facts = {key: facts[key] for key in ("architecture", "image_size", "mean", "std")} | {"pooling": pooling}
     facts |= {"arguments": encoder.arguments_with(head.arguments), "classes": ["cat", "dog", "hen"]}
-    facts |= {"top1": 0.625, "run": "runs/x"}
+    facts |= {"top1": 0.625, "run": "runs/x", "step": 20, "crop_pct": 0.7, "tested_size": [24, 32]}
     (tmp_path / "config.yaml").write_text("optim:\n  base_lr: 1e-3\n")
-    (tmp_path / "probes.jsonl").write_text('{"step": 1, "top1": 0.1}\n{"step": 20, "top1": 0.625}\n')
+    (tmp_path / "probes.jsonl").write_text('{"step": 1, "top1": 0.1}\n{"step": 20, "top1": 0.625}\n{"step": 30, "top1": 0.5}\n')
     export_timm(tmp_path / "out", encoder.state() | head.state(), facts, run=tmp_path)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with exactly(model, encoder, head):
         assert (model(images()) - head(encoder(images()))).abs().max() < 1e-12
     config = json.loads((tmp_path / "out/config.json").read_text())
+    assert resolve_model_data_config(model)["input_size"] == (3, 16, 24)
+    tested = resolve_model_data_config(model, use_test_size=True)
+    assert tested["input_size"] == (3, 24, 32) and math.floor(24 / tested["crop_pct"]) == round(24 / 0.7)
+    assert math.floor(16 / resolve_model_data_config(model)["crop_pct"]) == round(16 / 0.7) == 23  # 22 of 0.7 itself
     assert config["label_names"] == ["cat", "dog", "hen"] and config["num_classes"] == model.num_classes == 3
     card = (tmp_path / "out/README.md").read_text()
     assert "top-1: 62.50%" in card and "step: 20" in card and "  base_lr: 1e-3" in card and "classes: 3" in card
+    assert "top1: 0.5" not in card and "judged: at 24 x 32 pixels, the central 70.0% of the shorter side" in card
 
 
 def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.transforms import functional as TF
 
 from vitssl.errors import CheckpointError
 from vitssl.interop.official import Imported
@@ -202,7 +205,8 @@ def classifier(**changes: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     pooling = {"token": "class", "avg": "mean"}[arguments["global_pool"]]
     nn.init.normal_(model.head.weight)
     facts = {"architecture": "vit_tiny_patch16_224", "arguments": arguments, "image_size": [16, 16], "pooling": pooling}
-    return model.state_dict(), facts | {"mean": [0.5] * 3, "std": [0.5] * 3, "classes": ["cat", "dog", "hen"], "top1": 0.5}
+    facts |= {"mean": [0.5] * 3, "std": [0.5] * 3, "classes": ["cat", "dog", "hen"], "top1": 0.5, "crop_pct": 0.8}
+    return model.state_dict(), facts
 
 
 def test_a_classifier_goes_out(tmp_path: Path) -> None:
@@ -213,7 +217,12 @@ def test_a_classifier_goes_out(tmp_path: Path) -> None:
     for parameter, name in ((model.classifier.weight, "head.weight"), (model.vit.embeddings.cls_token, "cls_token")):
         assert torch.equal(parameter, state[name])
     assert "top-1: 50.00%" in (tmp_path / "out/README.md").read_text()
-    assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").image_std) == [0.5] * 3
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert list(processor.image_std) == [0.5] * 3
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((48, 32))
+    found = processor(image, return_tensors="pt")["pixel_values"]
+    expected = TF.to_tensor(TF.center_crop(TF.resize(image, 20, TF.InterpolationMode.BICUBIC), [16, 16])) * 2 - 1
+    assert found.shape == (1, 3, 16, 16) and float((found[0] - expected).abs().max()) < 0.03
 
 
 CANNOT = {

@@ -31,6 +31,7 @@ except ImportError as error:
 
 TOLERANCE = 5e-5  # in float32, relative to the largest value: two ways to sum the same products
 OPSET = 20
+SAID = ("architecture", "image_size", "mean", "std", "pooling", "classes", "labels", "tested_size", "crop_pct", "decoding")
 
 
 class Pooled(nn.Module):
@@ -76,7 +77,7 @@ def export_onnx(
         )
         if images is not None:
             reached = max(reached, _compare(session, ours, images, what=f"{folder}, on the given images"))
-        said = {key: facts[key] for key in ("architecture", "image_size", "mean", "std", "pooling", "classes") if key in facts}
+        said = {key: facts[key] for key in SAID if key in facts}
         said |= {"outputs": outputs, "any_image_size": any_size, "patch": list(encoder.spec.patch)}
         (unfinished / "config.json").write_text(json.dumps(said, indent=2) + "\n")
         usage = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{folder.name}/model.onnx")\n'

@@ -1,6 +1,6 @@
 """The networks that our exports hold, built from their files alone: what every other network is compared with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ def create(section: EncoderConfig) -> Encoder:
 def rule_of(facts: Mapping[str, Any]) -> str:
     """Whose interpolation carries an export's positions to other image sizes; timm's where nothing is said."""
     return facts.get("pos_resample") or facts.get("encoder", {}).get("pos_resample", "timm")
+
+
+def resized(size: Sequence[int], facts: Mapping[str, Any]) -> int:
+    """Pixels of the shorter side to which a classifier's evaluation resizes images before it crops ``size`` from the middle."""
+    return round(min(size) / facts.get("crop_pct", 1.0))
 
 
 def tokens_of(encoder: Encoder, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitssl.errors import CheckpointError
 from vitssl.interop.dinov3 import BASE
 from vitssl.interop.names import is_gated
+from vitssl.interop.ours import resized
 
 
 def family_of(state: Mapping[str, Tensor], classifier: bool) -> str:
@@ -96,10 +97,14 @@ def with_scale(state: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
 
 
 def processor_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared; for a classifier as its evaluation did, at the size that its weights were made for."""
     height, width = facts["image_size"]
     does = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3}
     sizes = {"size": {"height": height, "width": width}, "image_mean": facts["mean"], "image_std": facts["std"]}
-    return {"image_processor_type": "ViTImageProcessor", **does, **sizes}
+    if "crop_pct" not in facts:
+        return {"image_processor_type": "ViTImageProcessor", **does, **sizes}
+    sizes |= {"size": {"shortest_edge": resized((height, width), facts)}, "crop_size": sizes["size"], "do_center_crop": True}
+    return {"image_processor_type": "BitImageProcessor", **does, **sizes}  # ViT's own cannot crop
 
 
 def epsilon_of(model: nn.Module) -> float:

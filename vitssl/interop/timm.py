@@ -4,7 +4,8 @@ Surprising: a timm model that normalises after pooling has no final norm of its 
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vitssl.errors import CheckpointError
 from vitssl.interop.deit import is_distilled, under_deit
 from vitssl.interop.folder import new_folder
 from vitssl.interop.official import Imported
-from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
+from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, resized, rule_of, tokens_of
 from vitssl.interop.parity import exactly, require_parity, trial_images
 from vitssl.models.adapters.build import adapter_of, section_of_arguments
 from vitssl.models.state import require_fit
@@ -151,14 +152,15 @@ def _for_channels(values: Any, channels: int) -> list[float]:
 
 
 def _hub_config(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's config.json. Sizes are those the weights were made for; labels are in the order of the logits."""
+    """timm's config.json. Sizes are those the weights were made for, ``test_input_size`` is that a classifier was judged at;
+    labels are in the order of the logits."""
     arguments, num = facts["arguments"], facts["arguments"].get("num_classes", 0)
     size = [len(facts["mean"]), *facts["image_size"]]
     known = {
         "input_size": size,
         "fixed_input_size": True,
         "interpolation": "bicubic",
-        "crop_pct": 1.0,
+        "crop_pct": _crop_pct(facts["image_size"], facts),
         "mean": facts["mean"],
         "std": facts["std"],
         "num_classes": num,
@@ -166,9 +168,17 @@ def _hub_config(facts: Mapping[str, Any]) -> dict[str, Any]:
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
+    if (tested := facts.get("tested_size", facts["image_size"])) != facts["image_size"]:
+        known |= {"test_input_size": [size[0], *tested], "test_crop_pct": _crop_pct(tested, facts)}
     labels = {"label_names": list(facts["classes"])} if "classes" in facts else {}
     head = {"architecture": facts["architecture"], "num_classes": num, "global_pool": arguments["global_pool"]}
     return head | labels | {"model_args": dict(arguments), "pretrained_cfg": known}
+
+
+def _crop_pct(size: Sequence[int], facts: Mapping[str, Any]) -> float:
+    """The number of which timm, which rounds down, makes the size that we resize to and crop from."""
+    given, resize = facts.get("crop_pct", 1.0), resized(size, facts)
+    return given if math.floor(min(size) / given) == resize else min(size) / (resize + 0.5)
 
 
 def _line(error: Exception) -> str:
