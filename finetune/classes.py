@@ -30,7 +30,9 @@ def open_classes(config: FinetuneConfig, progress: Progress | None = None) -> So
     different, largest = len(np.unique(labels)), int(labels.max())
     if source.classes is None and largest >= max(1000, 10 * different):
         raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
-    return _mapped(source, config.label_map)
+    source = _mapped(source, config.label_map)
+    _refuse_empty(source)
+    return source
 
 
 def open_test(config: FinetuneConfig, source: Source, tell: Callable[..., None] = lambda text, style: None) -> Source:
@@ -80,6 +82,23 @@ def _mapped(source: Source, names: Mapping[str, str | None], *, absent: bool = F
         return renumbered(source, numbers, classes)
     kept = np.flatnonzero(numbers[source.label_array()] >= 0)
     return Renumbered(source if len(kept) == source.num_samples else Subset(source, kept), numbers, classes)
+
+
+def _refuse_empty(source: Source) -> None:
+    """Raise DataError for classes that are named and have no image, and where all images are of one class."""
+    there = np.unique(source.label_array()).tolist()
+    if source.classes and len(there) < len(source.classes):
+        missing = [name for number, name in enumerate(source.classes) if number not in there]
+        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+        raise DataError(
+            f"{source.name}: {len(missing):,} of {len(source.classes):,} classes have no image ({shown}), so nothing could"
+            f" learn them; add images, or take them out: the folder, or label_map={{{missing[0]}: null}}"
+        )
+    if len(there) == 1:
+        raise DataError(
+            f"{source.name}: all images are of one class, {names_of(source)[there[0]]}, so there is nothing to tell apart; add"
+            " another"
+        )
 
 
 def _refuse_contradictions(config: FinetuneConfig) -> None:

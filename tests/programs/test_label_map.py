@@ -175,11 +175,34 @@ def test_a_map_reaches_the_command_line(finetune: Callable, tmp_path: Path) -> N
     refused(finetune(tmp_path / "run", "label_map={9: x}"), "label_map.9: ")
 
 
-def test_a_class_without_images_is_told(finetune: Callable, tmp_path: Path, picture: Callable) -> None:
+def test_a_class_without_images_is_refused(finetune: Callable, tmp_path: Path, picture: Callable) -> None:
     path = as_shard(tmp_path, ["cat", "dog"] * 6, picture)
     (tmp_path / "about.json").write_text(json.dumps({"classes": ["cat", "dog", "owl"]}))
     places = (f"data.path={path}", "data.split=null", f"test.path={path}", "test.split=null", "length=1")
-    told = "1 of 3 classes have no image to train on (owl), so they are never told"
-    assert told in finetune(tmp_path / "run", *places).ok().out
-    assert "never told" not in finetune(tmp_path / "mapped", *places, "label_map={owl: null}").ok().out
-    refused(finetune(tmp_path / "even", *places, "balance=true"), "(owl has 0): balance=1 shows every class")
+    told = "1 of 3 classes have no image (owl), so nothing could learn them; add images, or take them out: the folder, or"
+    refused(finetune(tmp_path / "run", *places), told, "label_map={owl: null}")
+    assert not (tmp_path / "run").exists()
+    mapped = finetune(tmp_path / "mapped", *places, "label_map={owl: null}").ok()
+    assert mapped.losses()[0] == pytest.approx(np.log(2), rel=1e-6) and "never told" not in mapped.out
+    path = as_list(tmp_path, ["5", "6", "5", "7"], picture)  # numbers are not names: those between may be somebody else's
+    places = (f"data.path={path}", "data.split=null", f"test.path={path}", "test.split=null", "length=1", "batch_size=4")
+    told = "5 of 8 classes have no image to train on (0, 1, 2, ...), so they are never told"
+    assert told in finetune(tmp_path / "numbers", *places).ok().out
+
+
+def test_a_class_folder_without_images_is_a_class(tmp_path: Path, picture: Callable) -> None:
+    folder = as_folder(tmp_path / "files", ["dog", "owl", "dog"], picture)
+    (folder / "cat").mkdir()
+    (folder / ".thumbnails").mkdir()
+    for settings in ({}, {"shots": 1}, {"balance": 1}):
+        with pytest.raises(DataError, match=r"1 of 3 classes have no image \(cat\).*label_map=\{cat: null\}"):
+            open_classes(config(folder, folder, **settings))
+    asked = config(folder, folder, label_map={"cat": None})
+    source = open_classes(asked)
+    assert source.classes == ("dog", "owl") and named(source) == named(open_test(asked, source)) == ["dog", "dog", "owl"]
+    with pytest.raises(DataError, match=r"all images are of one class, dog, so there is nothing to tell apart; add another"):
+        open_classes(config(folder, folder, label_map={"cat": None, "owl": None}))
+    (folder / "cat").rmdir()
+    (tmp_path / "test/owl").mkdir(parents=True)
+    as_folder(tmp_path / "test", ["dog"], picture)  # a test set may lack classes
+    assert named(open_test(config(folder, tmp_path / "test"), open_classes(config(folder, folder)))) == ["dog"]

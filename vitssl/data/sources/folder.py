@@ -1,4 +1,4 @@
-"""A nested folder of images; labels are the first-level folders where every image lies in one.
+"""A nested folder of images; labels are the first-level folders where every image lies in one, also folders without an image.
 
 Chunks hold one file each (up to two million): a file is read by itself, so nothing is gained by keeping neighbours together.
 Surprising: linked folders are followed, each real folder once, because that is how people assemble data sets; and .npy files
@@ -38,8 +38,11 @@ class FolderSource:
         self.chunks = one_by_one(self.num_samples)
         self.classes, self._labels = None, None
         if all("/" in file for file in images):
-            names, labels = np.unique([file.partition("/")[0] for file in images], return_inverse=True)
-            self.classes, self._labels = tuple(names.tolist()), labels.astype(np.int64)
+            with os.scandir(path) as entries:  # a class that lost its images is one all the same, and must not go unnoticed
+                empty = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+            owners = [file.partition("/")[0] for file in images]
+            names = np.array(sorted({*owners, *empty}))
+            self.classes, self._labels = tuple(names.tolist()), np.searchsorted(names, owners).astype(np.int64)
         self.labels = self.classes is not None
         self.fingerprint = fingerprint(images)
         self.by_chunk, self.mean_bytes = False, 0
