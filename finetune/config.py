@@ -11,7 +11,7 @@ from vitssl.command import Command, help_text, parse
 from vitssl.config import Count, Every, Section, load
 from vitssl.report import show
 from vitssl.schedule import Duration
-from vitssl.sections import Beta, Fraction, OptimConfig, ProgramConfig, Share, Size, SourceConfig
+from vitssl.sections import Area, Beta, Fraction, OptimConfig, ProgramConfig, Share, Size, SourceConfig
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "finetune" / "demo.yaml"
 FLAGS = {"--plan": "print every derived number and stop"}
@@ -56,7 +56,7 @@ class TeacherConfig(Section):
 
 
 class AugmentConfig(Section):
-    scale: tuple[Fraction, Fraction] = Field((0.08, 1.0), description="area of the random crop")
+    scale: Area = Field((0.08, 1.0), description="area of the random crop")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     rand_augment: str | None = Field(None, description="timm's RandAugment, such as rand-m9-mstd0.5-inc1")
     mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: off")
@@ -81,7 +81,11 @@ class FinetuneConfig(ProgramConfig):
     """Everything ``python -m finetune`` can be told."""
 
     seeds: Count = Field(1, description="how many runs, of seed, seed + 1, ..., as NAME-seed0, ...; then mean and interval")
-    encoder: str = Field("newest", description="an export (folder, run or .safetensors); newest: the last one below run.dir")
+    encoder: str = Field(
+        "newest",
+        description="an export (folder, run or .safetensors), an official file, timm:TAG or hf:FOLDER; newest: the last one"
+        " exported below run.dir",
+    )
     weights: Literal["pretrained", "random"] = Field("pretrained", description="random: the same network from scratch")
     mode: Literal["full", "partial", "linear"] = Field(
         "full", description="what trains: everything; the last blocks and the head; the head alone"

@@ -1,15 +1,17 @@
-"""Frozen encoders by any name: exports and runs, official files, ``timm:TAG``, ``hf:FOLDER``, and networks nobody trained."""
+"""Encoders by any name: exports and runs, official files, ``timm:TAG``, ``hf:FOLDER``, and networks nobody trained."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vitssl.errors import UserError
 from vitssl.interop.ours import create
-from vitssl.interop.source import import_weights
+from vitssl.interop.source import import_weights, is_foreign
 from vitssl.models.encoder import Encoder
 from vitssl.sections import EncoderConfig
-from vitssl.train.export import encoder_like, load_encoder, newest_export
+from vitssl.train.export import Held, encoder_facts, encoder_like, load_encoder, newest_export
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, for a network that has seen nothing
 Size = int | tuple[int, int]
@@ -33,7 +35,7 @@ def open_encoder(name: str, *, image_size: Size | None = None) -> tuple[Encoder,
         section = EncoderConfig(name=rest, **changes)
         encoder = create(section)
         return encoder, {"mean": MEAN, "std": STD, "pooling": "class" if encoder.spec.class_token else "mean"}, section
-    if kind in ("timm", "hf") or _is_official(Path(name)):
+    if is_foreign(name):
         found = import_weights(name)
         if not changes:
             return found.encoder, found.facts, found.section
@@ -45,11 +47,18 @@ def open_encoder(name: str, *, image_size: Size | None = None) -> tuple[Encoder,
     return encoder, facts, _section(facts["encoder"], changes)
 
 
+@lru_cache(maxsize=1)
+def origin_of(name: str) -> Path | Held:
+    """What a training begins from: an export's path, or somebody else's weights, read once. Raises CheckpointError."""
+    if not is_foreign(name):
+        return Path(name)
+    try:
+        found = import_weights(name)
+    except UserError as error:
+        advice = "; make an export of it first:  vitssl import  takes them" if "--" in str(error) else ""
+        raise type(error)(f"encoder={name}: {error}{advice}") from error
+    return Held(name, found.encoder.state(), encoder_facts(found.encoder, found.section, **found.facts))
+
+
 def _section(values: dict[str, Any], changes: dict[str, Any]) -> EncoderConfig:
     return EncoderConfig.model_validate(values | changes)
-
-
-def _is_official(path: Path) -> bool:
-    """Whether it is a file of weights without the words that an export has beside it."""
-    alone = path.suffix == ".safetensors" and path.is_file() and not path.with_name("encoder.json").is_file()
-    return alone or path.suffix in (".pth", ".pt", ".tar", ".bin")

@@ -1,6 +1,5 @@
 """Fine-tuning, from an exported encoder to a classifier: which decisions are made, and in which order."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ from torch import nn
 
 from finetune.classes import names_of, open_classes, open_test
 from finetune.config import FinetuneConfig
+from finetune.encoders import origin_of
 from finetune.labels import balance, choose_labelled
 from finetune.seeds import run_seeds
 from finetune.several import SeveralEvaluation
@@ -16,7 +16,7 @@ from finetune.teacher import note_teacher, open_teacher, refuse_other_teacher, t
 from finetune.watch import Evaluation, tested_size
 from vitssl import dist
 from vitssl.command import Command
-from vitssl.data.augment import erasing, mixer, rand_augment
+from vitssl.data.augment import RandAugment, erasing, mixer, rand_augment
 from vitssl.data.sources import Several, Source
 from vitssl.data.transforms import check_channels
 from vitssl.errors import ConfigError
@@ -28,7 +28,7 @@ from vitssl.objectives.distilled import Distilled
 from vitssl.report import Report
 from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_facts
 from vitssl.train.folder import begun_with, run_folder
-from vitssl.train.planning import outline
+from vitssl.train.planning import batch_split, outline
 from vitssl.train.session import begin_session, show_plan
 from vitssl.views import View
 
@@ -63,14 +63,16 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
 
     def fill(task: Classify) -> None:
         if config.weights == "pretrained":
-            fill_encoder(task.encoder, Path(config.encoder), new_register=config.has_token)
+            fill_encoder(task.encoder, origin_of(config.encoder), new_register=config.has_token)
         if task.twin is not None:
             task.twin.restart()
 
+    shape = outline(build)
+    spec = shape.encoder.spec
+    augment = _augment(config, shape)
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
         return False
-    spec = outline(build).encoder.spec
     tested_size(config.test.image_size, spec)  # a size that cannot be is refused before anything is written
     if teacher is not None:
         tell_teacher(config, teacher, spec, report)
@@ -86,8 +88,6 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
     tell_missing_classes(source, classes, report)
     test = (SeveralEvaluation if config.labels == "several" else Evaluation)(session, images, classes=classes)
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)
-    policy = config.augment.rand_augment
-    augment = rand_augment(policy, mean=config.data.mean, size=min(spec.image_size)) if policy else None
     tell_short_average(config, session.plan.steps, report)
     reached = session.start
     if test.ended:
@@ -105,7 +105,7 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
 
 def with_own_statistics(config: FinetuneConfig) -> FinetuneConfig:
     """The config with the mean and deviation that the encoder was pretrained with, where it names none."""
-    facts, data = read_facts(Path(config.encoder)), config.data
+    facts, data = read_facts(origin_of(config.encoder)), config.data
     own = {"mean": data.mean or tuple(facts["mean"]), "std": data.std or tuple(facts["std"])}
     return config.model_copy(update={"data": data.model_copy(update=own)})
 
@@ -174,10 +174,21 @@ def build_task(config: FinetuneConfig, num_classes: int, teacher: Teacher | None
     )
 
 
+def _augment(config: FinetuneConfig, shape: Classify) -> RandAugment | None:
+    """What is done to pixels on the way in. Raises ConfigError for a policy that is none, and for mixing an odd number."""
+    micro_batch, _ = batch_split(config, shape)
+    if shape.mixup is not None and micro_batch % 2:
+        raise ConfigError(
+            f"augment.mixup and augment.cutmix mix a forward in pairs, and micro_batch={micro_batch}; make it even"
+        )
+    policy = config.augment.rand_augment
+    return rand_augment(policy, mean=config.data.mean, size=min(shape.encoder.spec.image_size)) if policy else None
+
+
 def like_the_export(config: FinetuneConfig) -> tuple[Encoder, dict[str, Any]]:
     """The encoder that is trained, with fresh weights, and the export's facts. A distillation token is one register more, the
     last, which begins as DeiT's does: N(0, 0.02)."""
-    path, changes = Path(config.encoder), {"drop_path": config.drop_path}
+    path, changes = origin_of(config.encoder), {"drop_path": config.drop_path}
     if config.image_size is not None:
         changes["image_size"] = config.image_size
     if not config.has_token:

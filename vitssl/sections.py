@@ -31,6 +31,16 @@ def _folder_name(value: Any) -> str:
     return name
 
 
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if not (value[0] <= value[1] and value[1] > 0):
+        raise ValueError("is no range of areas; write the smaller first, as [0.2, 1.0]")
+    return value
+
+
+Area = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
+"""Of a random crop, as a fraction of the image: from, to."""
+
+
 class RunConfig(Section):
     name: Annotated[str, BeforeValidator(_folder_name)] = Field("run", description="folder of the run, below run.dir")
     dir: Path = Field(Path("runs"), description="where runs are kept")

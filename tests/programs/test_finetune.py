@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from vitssl.data.sources import open_source
+from vitssl.interop.timm import export_timm
+from vitssl.train.export import read_export
 
 NOISY = ("drop_path=0.3", "augment.mixup=0.8", "augment.cutmix=1.0", "augment.erasing=0.5", "smoothing=0.1")
 RANDOM = (*NOISY, "augment.rand_augment=rand-m9-mstd0.5-inc1", "checkpoint.keep_last=9", "length=18")
@@ -213,6 +215,20 @@ def test_a_run_goes_on_from_the_encoder_it_began_with(finetune: Callable, export
         and f"it began from {tmp_path / 'older'}" in said
         and "newer/export is newer" in said
     )
+
+
+def test_somebody_elses_encoder(finetune: Callable, exported, tmp_path: Path) -> None:
+    """As ``finetune.evaluate`` takes it: the same run as from the export that it was made of, and it goes on."""
+    state, facts = read_export(exported.folder)
+    export_timm(tmp_path / "theirs", state, facts)
+    foreign = f"encoder=timm:{tmp_path / 'theirs'}"
+    finetune(tmp_path / "run", foreign, "length=6").ok()
+    run, own = finetune(tmp_path / "run", foreign, "length=8").ok(), finetune(tmp_path / "own", "length=6").ok()
+    assert "from step 6" in run.out and f"images from timm:{tmp_path / 'theirs'}" in run.out
+    assert run.losses()[:6] == own.losses() and len(run.losses()) == 8
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    words = "say it with --heads; make an export of it first:  vitssl import  takes them"
+    refused(finetune(tmp_path / "file", f"encoder={tmp_path / 'mae.pth'}"), f"encoder={tmp_path / 'mae.pth'}: ", words)
 
 
 def test_images_are_normalised_as_the_encoder_knows_them(pretrain: Callable, finetune: Callable, tmp_path: Path) -> None:

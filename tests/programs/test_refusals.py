@@ -48,6 +48,10 @@ SETTINGS = {
     "loss is no number": (["optim.base_lr=1e30"], ["the loss is nan at step 3; nothing of it was saved", "base_lr"]),
     "weights are no numbers": (RUINED, ["is not finite after step 1; nothing of it was saved", "Lower optim.base_lr"]),
     "no run to resume": (["init.resume=/nowhere"], ["init.resume=/nowhere: there is no checkpoint in /nowhere/checkpoints"]),
+    "areas upside down": (
+        ["objectives.mae.view.scale=[0.9,0.1]"],
+        ["objectives.mae.view.scale=[0.9, 0.1]: is no range of areas; write the smaller first"],
+    ),
     "no class token to pool": (["encoder.class_token=false", "pooling=class"], ["pooling=class needs a class token"]),
     "an argument that timm does not know": (["encoder.arguments.norm_layer=foo"], ["timm cannot build it", "'foo'"]),
     "a probe that looks at patches": (["probe.protocols=[attentive]"], ["attentive is none of knn, fewshot, ridge"]),
@@ -156,7 +160,9 @@ FINETUNE = {
     "more labels than there are": (["labelled=61"], ["cannot choose 61 of 60 labelled samples"]),
     "class token that is not pooled": (["head.pooling=token"], ["head.pooling='token'", "'mean' or 'class'"]),
     "statistics of another number of channels": (["data.mean=[0.5]"], ["data.mean has 1 and data.std 3 values"]),
-    "odd mixup": (["augment.mixup=0.8", "micro_batch=1"], ["mixup pairs the samples", "make micro_batch even"]),
+    "odd mixup": (["augment.mixup=0.8", "micro_batch=1"], ["in pairs, and micro_batch=1; make it even"]),
+    "areas upside down": (["augment.scale=[0.9,0.1]"], ["augment.scale=[0.9, 0.1]: is no range of areas; write the smaller"]),
+    "no official file": (["encoder=/nowhere.pth"], ["encoder=/nowhere.pth: /nowhere.pth does not exist"]),
     "size that patches do not divide": (["image_size=18"], ["18x18 is not divisible by patches of 4x4"]),
     "unknown augmentation": (["augment.rand_augment=rnd-m9"], ["augment.rand_augment", "rnd-m9"]),
 }
@@ -166,6 +172,7 @@ FINETUNE = {
 def test_fine_tuning_that_cannot_be(finetune: Callable, tmp_path: Path, case: str) -> None:
     argv, words = FINETUNE[case]
     refused(finetune(tmp_path / "run", *argv), *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_that_are_missing_or_too_many(finetune: Callable, tmp_path: Path, picture: Callable) -> None:

@@ -18,7 +18,7 @@ from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
-from vitssl.sections import Fraction, PhotometricConfig
+from vitssl.sections import Area, Fraction, PhotometricConfig
 from vitssl.task import Draw
 from vitssl.views import Photometric, View
 
@@ -35,7 +35,7 @@ class DecoderConfig(Section):
 class ViewConfig(Section):
     """A random resized crop at the encoder's image size; the defaults are those of He et al. 2022, appendix A.1."""
 
-    scale: tuple[Fraction, Fraction] = Field((0.2, 1.0), description="area of the crop, as a fraction of the image")
+    scale: Area = Field((0.2, 1.0), description="area of the crop, as a fraction of the image")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the resize")
     photometric: PhotometricConfig = PhotometricConfig()

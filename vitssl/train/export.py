@@ -9,6 +9,7 @@ way. Two lines of plain timm load either:
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ import json, timm
 facts = json.load(open("{name}.json"))
 model = timm.create_model(facts["architecture"], **facts["arguments"], checkpoint_path="{name}.safetensors")
 """
+
+
+@dataclass(frozen=True)
+class Held:
+    """An export that is in memory and in no folder, for all that reads one here."""
+
+    name: str
+    state: dict[str, Tensor] = field(repr=False)
+    facts: dict[str, Any] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def write_export(folder: Path, name: str, state: dict[str, Tensor], facts: dict[str, Any]) -> Path:
@@ -67,8 +80,10 @@ def encoder_facts(encoder: Encoder, config: EncoderConfig, **facts: Any) -> dict
     }
 
 
-def read_export(path: Path, name: str = "encoder") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_export(path: Path | Held, name: str = "encoder") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, facts) of an export: its folder, a run's folder, or the .safetensors file. Raises CheckpointError."""
+    if isinstance(path, Held):
+        return path.state, path.facts
     facts, weights = read_facts(path, name), _folder(path, name) / f"{name}.safetensors"
     try:
         return load_file(weights), facts
@@ -76,8 +91,10 @@ def read_export(path: Path, name: str = "encoder") -> tuple[dict[str, Tensor], d
         raise CheckpointError(f"{weights} is damaged: {str(error).splitlines()[0]}; export it again") from None
 
 
-def read_facts(path: Path, name: str = "encoder") -> dict[str, Any]:
+def read_facts(path: Path | Held, name: str = "encoder") -> dict[str, Any]:
     """The JSON of an export. Raises CheckpointError where a file is missing, damaged or incomplete."""
+    if isinstance(path, Held):
+        return path.facts
     words = _folder(path, name) / f"{name}.json"
     try:
         facts = json.loads(words.read_text())
@@ -114,7 +131,7 @@ def newest_export(runs: Path) -> Path:
     return found[-1].parent
 
 
-def encoder_like(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
+def encoder_like(path: Path | Held, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
     """An encoder built as an export says and initialised afresh, and the export's facts.
 
     ``changes`` overwrite keys of its encoder section (``image_size``, ``drop_path``). Positions are trainable, also those that
@@ -129,7 +146,7 @@ def encoder_like(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
     return encoder, facts
 
 
-def fill_encoder(encoder: Encoder, path: Path, *, new_register: bool = False) -> None:
+def fill_encoder(encoder: Encoder, path: Path | Held, *, new_register: bool = False) -> None:
     """Put an export's weights into an encoder of the same architecture, strictly; positions are resampled to its grid.
 
     A final norm that the encoder has dropped is left out. With ``new_register`` the encoder has one more than the export, its
@@ -148,7 +165,7 @@ def fill_encoder(encoder: Encoder, path: Path, *, new_register: bool = False) ->
     encoder.load_state(state, resample=(rows, columns) != encoder.spec.grid, grid=(rows, columns))
 
 
-def load_encoder(path: Path, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
+def load_encoder(path: Path | Held, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
     """An exported encoder, built and filled, and its facts; ``changes`` as in :func:`encoder_like`."""
     encoder, facts = encoder_like(path, **changes)
     fill_encoder(encoder, path)
