@@ -8,6 +8,7 @@ import numpy as np
 from finetune.config import FinetuneConfig
 from vitssl.data.feed import open_configured
 from vitssl.data.sources import Joined, Renumbered, Several, Source, Subset, label_like, several_labels, several_like
+from vitssl.data.sources.base import refuse_stray
 from vitssl.data.sources.several import renumbered
 from vitssl.errors import ConfigError, DataError
 
@@ -27,9 +28,8 @@ def open_classes(config: FinetuneConfig, progress: Progress | None = None) -> So
             f"{source.name}: fine-tuning needs a label for every image (.cls members, or class folders); of"
             " several, take labels=several"
         )
-    different, largest = len(np.unique(labels)), int(labels.max())
-    if source.classes is None and largest >= max(1000, 10 * different):
-        raise DataError(f"{source.name}: has {different:,} different labels, and one is {largest:,}; number classes from 0 on")
+    if source.classes is None:
+        refuse_stray(source.name, labels)
     source = _mapped(source, config.label_map)
     _refuse_empty(source)
     return source

@@ -59,9 +59,7 @@ def _add_ways(tools: argparse._SubParsersAction) -> None:
     taken = tools.add_parser("import", help="make an encoder of a foreign checkpoint", description=_import.__doc__)
     taken.add_argument("source", help="a checkpoint's file, timm:TAG, timm:FOLDER, or hf:FOLDER as transformers saves it")
     taken.add_argument("folder", type=Path, help="where encoder.safetensors and encoder.json go")
-    taken.add_argument(
-        "--format", help="of a file: mae, moco_v3, dino, ibot, dinov2, ijepa, deit or timm (default: recognised)"
-    )
+    taken.add_argument("--format", help="of a file, such as mae, dinov2, beit or open_clip (default: recognised)")
     taken.add_argument("--heads", type=int, help="attention heads, where a file's width does not say them")
     taken.set_defaults(tool=_import)
     given = tools.add_parser("export", help="write an encoder or a classifier for others", description=_export.__doc__)
@@ -154,9 +152,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     """Read a checkpoint of another code and write it as an export, which python -m finetune and timm read."""
+    from vitssl.errors import CheckpointError
     from vitssl.interop.source import import_weights
     from vitssl.train.export import encoder_facts, write_export
 
+    if (arguments.folder / "encoder.safetensors").exists():
+        raise CheckpointError(
+            f"{arguments.folder} holds an encoder already and is left as it is; give the name of a new folder"
+        )
     found = import_weights(arguments.source, format=arguments.format, heads=arguments.heads)
     facts = encoder_facts(found.encoder, found.section, **found.facts)
     weights = write_export(arguments.folder, "encoder", found.encoder.state(), facts)

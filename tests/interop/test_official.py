@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitssl.errors import CheckpointError
 from vitssl.interop.official import import_official
+from vitssl.interop.source import import_weights
 from vitssl.models.encoder import Tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -124,6 +125,22 @@ FLAWS = {
     ),
     "no encoder": (lambda p: p["model"].pop("patch_embed.proj.weight"), "mae", r"is no checkpoint of mae"),
     "another format": (lambda p: None, "ijepa", r"is no checkpoint of ijepa: \d+ tensors such as"),
+    "no MLP": (
+        lambda p: p["model"].pop("blocks.0.mlp.fc1.weight"),
+        "mae",
+        r"no whole .* mae: blocks\.0\.mlp\.fc1\.weight is miss",
+    ),
+    "no positions": (lambda p: p["model"].pop("pos_embed"), "mae", r"no whole checkpoint of mae: pos_embed is missing"),
+    "no blocks": (
+        lambda p: [p["model"].pop(name) for name in list(p["model"]) if name.startswith("blocks.")],
+        "mae",
+        r"no whole checkpoint of mae: tensors are missing",
+    ),
+    "whole numbers": (
+        lambda p: p["model"].update({"norm.bias": torch.ones(24, dtype=torch.int8)}),
+        "mae",
+        r"norm\.bias holds whole",
+    ),
     "an unknown format": (lambda p: None, "mea", r"--format mea: is none of mae, moco_v3"),
     "no square": (lambda p: p["model"].update(pos_embed=torch.zeros(1, 16, 24)), "mae", r"15 positions are no square grid"),
     "no tensors": (lambda p: [p.pop(name) for name in ("model", "optimizer")], None, r"holds no tensors"),
@@ -140,6 +157,20 @@ def test_flaws_are_named(case: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=words) as raised:
         import_official(tmp_path / "file.pth", format=format, heads=3)
     assert "\n" not in str(raised.value)
+
+
+def test_numbers_that_are_none_and_other_channels(tmp_path: Path) -> None:
+    packed = mae(golden("mae")[0])
+    packed["model"]["patch_embed.proj.weight"] = packed["model"]["patch_embed.proj.weight"].repeat(1, 2, 1, 1)
+    torch.save(packed, tmp_path / "six.pth")
+    found = import_weights(str(tmp_path / "six.pth"), heads=3)
+    assert found.section.channels == 6 and len(found.facts["mean"]) == len(found.facts["std"]) == 6
+    with pytest.raises(CheckpointError, match="--heads -2: is no number of attention heads"):
+        import_weights(str(tmp_path / "six.pth"), heads=-2)
+    packed["model"]["norm.bias"][0] = torch.nan
+    torch.save(packed, tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match=r"norm\.bias holds numbers that are not finite"):
+        import_weights(str(tmp_path / "nan.pth"), heads=3)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

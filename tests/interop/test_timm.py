@@ -130,6 +130,7 @@ def test_ours_go_out_and_come_back(case: str, tmp_path: Path) -> None:
     assert {key: found.facts[key] for key in ("mean", "std", "pooling")} == {
         key: facts[key] for key in ("mean", "std", "pooling")
     }
+    assert found.encoder.pos_resample == encoder.pos_resample
     assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
     card = (tmp_path / "out/README.md").read_text()
     assert "license: unknown  # fill in" in card and 'create_model("local-dir:out", pretrained=True)' in card

@@ -5,7 +5,7 @@ several formats asks which is meant.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,29 @@ def import_official(path: Path, *, format: str | None = None, heads: int | None 
     if found.left:
         names = ", ".join(found.left[:4])
         raise CheckpointError(f"{path}: {len(found.left)} tensors belong to no part of {name} ({names}); take another format")
-    state = kind.convert(dict(found.encoder))
-    values = kind.section_of(state, heads=heads or kind.heads(found.encoder)) | dict(kind.section)
+    if heads is not None and heads < 1:
+        raise CheckpointError(f"--heads {heads}: is no number of attention heads; give 1 or more")
+    if odd := [name for name, tensor in found.encoder.items() if not tensor.is_floating_point()]:
+        raise CheckpointError(f"{path}: {odd[0]} holds whole numbers, not weights; give the checkpoint before it was quantised")
+    try:
+        state = kind.convert(dict(found.encoder))
+        values = kind.section_of(state, heads=heads or kind.heads(found.encoder)) | dict(kind.section)
+    except (KeyError, ValueError, IndexError) as error:  # what the section is read from is missing, or of no such shape
+        missing = f"{error.args[0]} is missing" if isinstance(error, KeyError) else "tensors are missing or of other shapes"
+        raise CheckpointError(f"{path}: is no whole checkpoint of {name}: {missing}; fetch it again") from None
     section = build(EncoderConfig, values, where=str(path))
     encoder = Encoder.create(section.name, **section.model_dump(exclude={"name"}))
     encoder.load_state(state)
-    facts = {"mean": list(kind.mean), "std": list(kind.std), "pooling": kind.pooling, "run": str(path), "format": name}
+    mean, std = (statistics_for(values, section.channels) for values in (kind.mean, kind.std))
+    facts = {"mean": mean, "std": std, "pooling": kind.pooling, "run": str(path), "format": name}
     facts |= kind.remarks(found.encoder)
     return Imported(encoder, section, facts, [("encoder", len(found.encoder)), ("beside it", found.beside)])
+
+
+def statistics_for(values: Sequence[float], channels: int) -> list[float]:
+    """Statistics of colours, or their mean for every channel where there are not as many as channels."""
+    values = [float(value) for value in values]
+    return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def _recognised(path: Path, tensors: State, divided: Mapping[str, Divided | None]) -> str:

@@ -17,12 +17,21 @@ def is_foreign(source: str) -> bool:
 def import_weights(source: str, *, format: str | None = None, heads: int | None = None) -> Imported:
     """The encoder that ``source`` names. ``format`` and ``heads`` are for official files, which may not say them.
 
-    Raises CheckpointError in one line.
+    Raises CheckpointError in one line, also for weights that are no numbers.
     """
+    found = _imported(source, format=format, heads=heads)
+    if spoilt := [name for name, tensor in found.encoder.state().items() if not tensor.isfinite().all()]:
+        raise CheckpointError(
+            f"{source}: {spoilt[0]} holds numbers that are not finite; the checkpoint is damaged, fetch it again"
+        )
+    return found
+
+
+def _imported(source: str, *, format: str | None, heads: int | None) -> Imported:
     kind, _, rest = source.partition(":")
     if kind not in ("timm", "hf"):
         return import_official(Path(source), format=format, heads=heads)
-    if format or heads:
+    if format is not None or heads is not None:
         raise CheckpointError(f"{source}: says its format and heads itself; leave --format and --heads out")
     if kind == "timm":
         from vitssl.interop.timm import import_timm

@@ -19,7 +19,7 @@ from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.interop.deit import is_distilled, under_deit
 from vitssl.interop.folder import new_folder
-from vitssl.interop.official import Imported
+from vitssl.interop.official import Imported, statistics_for
 from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, resized, rule_of, tokens_of
 from vitssl.interop.parity import exactly, require_parity, trial_images
 from vitssl.models.adapters.build import adapter_of, section_of_arguments
@@ -44,7 +44,8 @@ def import_timm(source: str) -> Imported:
             f"timm:{source} is a {type(model).__name__}; only timm's plain VisionTransformer, Eva and Beit are read"
         )
     known = model.pretrained_cfg
-    section = build(EncoderConfig, _section(model, known, saved.get("model_args", {})), where=f"timm:{source}")
+    rule = {"pos_resample": saved.get("vitssl", {}).get("pos_resample", "timm")}  # what our export noted there
+    section = build(EncoderConfig, _section(model, known, saved.get("model_args", {})) | rule, where=f"timm:{source}")
     encoder = create(section)
     state = dict(model.state_dict())
     beside = {key for key in state if key.startswith(BESIDE)}
@@ -53,8 +54,8 @@ def import_timm(source: str) -> Imported:
     after_pooling = bool(moved) and isinstance(model.norm, nn.Identity)
     encoder.load_state(taken | moved if after_pooling else taken)
     facts = {
-        "mean": _for_channels(known["mean"], section.channels),
-        "std": _for_channels(known["std"], section.channels),
+        "mean": statistics_for(known["mean"], section.channels),
+        "std": statistics_for(known["std"], section.channels),
         "pooling": "mean" if model.global_pool.startswith("avg") or model.cls_token is None else "class",
         "run": f"timm:{source}",
         "format": "timm",
@@ -145,12 +146,6 @@ def _section(model: nn.Module, known: Mapping[str, Any], arguments: Mapping[str,
     return {"name": known["architecture"], **own, **prefix, "arguments": further}
 
 
-def _for_channels(values: Any, channels: int) -> list[float]:
-    """Statistics of colours, or their mean for every channel where there are not as many as channels."""
-    values = [float(value) for value in values]
-    return values if len(values) == channels else [sum(values) / len(values)] * channels
-
-
 def _hub_config(facts: Mapping[str, Any]) -> dict[str, Any]:
     """timm's config.json. Sizes are those the weights were made for, ``test_input_size`` is that a classifier was judged at;
     labels are in the order of the logits."""
@@ -172,7 +167,8 @@ def _hub_config(facts: Mapping[str, Any]) -> dict[str, Any]:
         known |= {"test_input_size": [size[0], *tested], "test_crop_pct": _crop_pct(tested, facts)}
     labels = {"label_names": list(facts["classes"])} if "classes" in facts else {}
     head = {"architecture": facts["architecture"], "num_classes": num, "global_pool": arguments["global_pool"]}
-    return head | labels | {"model_args": dict(arguments), "pretrained_cfg": known}
+    noted = {"vitssl": {"pos_resample": rule_of(facts)}}  # for ourselves: timm knows no rule but its own
+    return head | labels | {"model_args": dict(arguments), "pretrained_cfg": known} | noted
 
 
 def _crop_pct(size: Sequence[int], facts: Mapping[str, Any]) -> float:

@@ -20,7 +20,7 @@ from vitssl.interop.families import BESIDE, FAMILIES, Family
 from vitssl.interop.folder import new_folder
 from vitssl.interop.mae import Painter
 from vitssl.interop.names import foreign, own, split_positions
-from vitssl.interop.official import Imported
+from vitssl.interop.official import Imported, statistics_for
 from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
 from vitssl.interop.parity import difference, exactly, require_parity, trial_images
 from vitssl.interop.settings import epsilon_of, family_of, processor_of, settings_of, with_scale
@@ -213,10 +213,7 @@ def _statistics(folder: Path, kind: Family, channels: int) -> dict[str, list[flo
     path = folder / "preprocessor_config.json"
     said = _read_json(path) if path.is_file() else {}
     found = {"mean": said.get("image_mean", kind.mean), "std": said.get("image_std", kind.std)}
-    fitting = {
-        key: values if len(values) == channels else [sum(values) / len(values)] * channels for key, values in found.items()
-    }
-    return {key: [float(value) for value in values] for key, values in fitting.items()}
+    return {key: statistics_for(values, channels) for key, values in found.items()}
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
