@@ -114,6 +114,7 @@ class FinetuneConfig(ProgramConfig):
     teacher: TeacherConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     test: TestConfig = TestConfig()
+    onnx: bool = Field(False, description="write export/onnx/ at the end: the last classifier, seen to compute the same")
 
     @property
     def has_token(self) -> bool:

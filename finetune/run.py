@@ -1,5 +1,7 @@
 """Fine-tuning, from an exported encoder to a classifier: which decisions are made, and in which order."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from finetune.labels import balance, choose_labelled
 from finetune.seeds import run_seeds
 from finetune.several import SeveralEvaluation
 from finetune.teacher import note_teacher, open_teacher, refuse_other_teacher, tell_teacher
-from finetune.watch import Evaluation, tested_size
+from finetune.watch import Evaluation, onnx_command, tested_size
 from vitssl import dist
 from vitssl.command import Command
 from vitssl.data.augment import RandAugment, erasing, mixer, rand_augment
@@ -26,7 +28,7 @@ from vitssl.models.teacher import Teacher
 from vitssl.objectives.classify import Classify
 from vitssl.objectives.distilled import Distilled
 from vitssl.report import Report
-from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_facts
+from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_export, read_facts
 from vitssl.train.folder import begun_with, run_folder
 from vitssl.train.planning import batch_split, outline
 from vitssl.train.session import begin_session, show_plan
@@ -70,6 +72,8 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
     shape = outline(build)
     spec = shape.encoder.spec
     augment = _augment(config, shape)
+    if config.onnx:
+        import vitssl.interop.onnx  # noqa: F401 - says now, and not after the training, that it is not installed
     if "--plan" in command.flags:
         show_plan(config, build, open_data, report)
         return False
@@ -82,6 +86,8 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
     if session is None:
         if asked == "newest" and (newer := str(newest_export(config.run.dir))) != config.encoder:
             report.say(f"it began from {config.encoder}; {newer} is newer: take another run.name for that")
+        if config.onnx and not (run_folder(config) / "export" / "onnx").is_dir():
+            report.say(f"onnx=true writes it at the end of a run; now run:  {onnx_command(run_folder(config))}")
         return True
     if teacher is not None and session.engine.main:
         note_teacher(session.folder, config, teacher)
@@ -96,11 +102,21 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
         reached = session.fit([view], channels=spec.channels, labels=True, augment=augment, events=[test.event()])
     finished = test.ended or reached == session.plan.steps
     if finished:
+        if config.onnx and session.engine.main:
+            write_onnx(session.folder)
         test.finish()
     else:
         session.tell_stopped(reached, command.typed("finetune", launched=dist.world() > 1))
     session.engine.end(leave=last or not finished)
     return finished
+
+
+def write_onnx(folder: Path) -> None:
+    """The last classifier of a run as ONNX, in the place of an earlier one. Raises CheckpointError."""
+    from vitssl.interop.onnx import export_onnx
+
+    shutil.rmtree(folder / "export" / "onnx", ignore_errors=True)
+    export_onnx(folder / "export" / "onnx", *read_export(folder / "export" / "last", "classifier"), run=folder)
 
 
 def with_own_statistics(config: FinetuneConfig) -> FinetuneConfig:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class Evaluation:
             ("best", f"{best[self.measure]:.2%} at step {best['step']:,} (chosen on the same images)"),
             ("classifier", f"{session.folder / 'export' / 'last' / 'classifier.safetensors'}, {_whose(session)}"),
         ]
+        onnx = session.folder / "export" / "onnx" / "model.onnx"
+        report.append(("ONNX", str(onnx) if session.config.onnx else f"{onnx_command(session.folder)}  (onnx=true does that)"))
         results = session.folder / "results"
         if (results / "results.json").exists():
             report += [("weakest", json.loads((results / "results.json").read_text())["weakest"])]
@@ -192,6 +195,11 @@ def tested_size(asked: int | tuple[int, int] | None, spec: EncoderSpec) -> tuple
         patch = "x".join(map(str, spec.patch))
         raise ConfigError(f"test.image_size={asked} is not divisible by patches of {patch}; the nearest is {fits}")
     return size
+
+
+def onnx_command(folder: Path) -> str:
+    """What writes the classifier of a finished run as ONNX."""
+    return shlex.join(["vitssl", "export", str(folder), str(folder / "export" / "onnx"), "--to", "onnx"])
 
 
 def _whose(session: Session) -> str:

@@ -202,6 +202,7 @@ CHANGEABLE = (
     "probe",
     "heldout",
     "test",
+    "onnx",
     "init.resume",
 )
 """Keys that may differ between a run and its continuation: they change no sample, no draw and no update rule."""

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from outcome import refused
 from PIL import Image
 
 from finetune.predict import main
 from vitssl.errors import CheckpointError, ConfigError, DataError
+from vitssl.interop.ours import classifier_of
+from vitssl.train.export import read_export
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +55,40 @@ def test_answers_are_the_evaluations(tuned, turned: Path, tmp_path: Path, capsys
     assert all(row["label"] == row["image"][0] and row["right"] == (row["top"][0]["class"] == row["label"]) for row in found)
     assert sum(row["right"] for row in found) / 16 == last["top1"] and loss(found) == pytest.approx(last["loss"], rel=1e-6)
     assert all(len(row["top"]) == 4 and row["top"][0]["probability"] >= row["top"][1]["probability"] for row in found)
+    onnx = f"vitssl export {tuned.folder} {tuned.folder}/export/onnx --to onnx"
+    assert f"ONNX        {onnx}  (onnx=true does that)" in tuned.out
     out = capsys.readouterr().out
     assert out.startswith("16 images") and found[0]["image"] in out and "16 lines in" in out
     assert f"right of 16 with a label: {last['top1']:.2%}" in out
     argv = [str(tuned.folder), str(turned), "--jsonl", f"{tmp_path}/rows.jsonl"]
     assert main([*argv, "--precision", "fp32", "--top", "4"]) == 0
     assert 1e-6 < abs(loss(rows(tmp_path / "rows.jsonl")) / last["loss"] - 1) < 0.02
+
+
+def test_the_classifier_as_onnx(finetune: Callable, turned: Path, tmp_path: Path) -> None:
+    """Written at the end, in the place of an earlier one; refused at once where it is not installed."""
+    places = (f"test.path={turned}", "test.split=null", "onnx=true")
+    missing = finetune(tmp_path / "run", *places, trap='import sys\nsys.modules["onnxruntime"] = None')
+    refused(missing, "onnxruntime is not installed: pip install 'vitssl[onnx]'")
+    assert not (tmp_path / "run").exists()
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra vitssl[onnx] is not installed")
+    pytest.importorskip("onnxscript", reason="the extra vitssl[onnx] is not installed")
+    (tmp_path / "run/export/onnx").mkdir(parents=True)
+    (tmp_path / "run/export/onnx/earlier").touch()
+    run = finetune(tmp_path / "run", *places, "length=4").ok()
+    model = run.folder / "export/onnx/model.onnx"
+    assert f"ONNX        {model}" in run.out and not model.with_name("earlier").exists()
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    state, facts = read_export(run.folder / "export/last", "classifier")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = classifier_of(state, facts)(images)
+    model.parent.rename(tmp_path / "elsewhere")
+    late = f"now run:  vitssl export {run.folder} {run.folder}/export/onnx --to onnx"
+    assert late in finetune(tmp_path / "run", *places, "length=4").ok().out
+    assert facts["step"] == 4 and expected.abs().max() > 0
+    (found,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_any_mixture_of_places(tuned, turned: Path, data: Path, picture: Callable, tmp_path: Path) -> None:
