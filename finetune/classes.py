@@ -42,7 +42,10 @@ def open_test(config: FinetuneConfig, source: Source, tell: Callable[..., None] 
     """
     images = open_configured(config.test, key="test")
     if isinstance(source, Several):
-        return several_like(_mapped(several_labels(images), config.label_map, absent=True), source)
+        found = several_like(_mapped(several_labels(images), config.label_map, absent=True), source)
+        if not found.counts().any():
+            raise DataError(f"{images.name}: label_map leaves no test image a label; correct the map, or the test images")
+        return found
     images = _mapped(images, config.label_map, absent=True)
     found = label_like(images, source)
     if bool(images.classes) != bool(source.classes):

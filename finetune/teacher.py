@@ -91,6 +91,10 @@ def _ours(asked: TeacherConfig) -> tuple[nn.Module, dict[str, Any]]:
     if asked.weights is not None:
         raise _two_weights(asked)
     state, facts = read_export(*last_part(Path(asked.name)))
+    if facts.get("labels") == "several":
+        raise ConfigError(
+            f"teacher.name={asked.name}: tells several labels of an image, and distillation is of one; take another"
+        )
     known = {"mean": facts["mean"], "std": facts["std"], "size": tuple(facts["image_size"])}
     return classifier_of(state, facts), known | {"classes": (names := tuple(facts["classes"])), "num_classes": len(names)}
 

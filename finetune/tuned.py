@@ -20,7 +20,7 @@ from finetune.evaluate import FINETUNE, EvaluateConfig, SetConfig
 from finetune.seeds import seeded
 from vitssl import dist
 from vitssl.config import build, dump
-from vitssl.data.sources import Source
+from vitssl.data.sources import Source, stamp
 from vitssl.errors import ConfigError, DataError
 from vitssl.models.encoder import Encoder
 from vitssl.probes.protocols import Judged
@@ -28,6 +28,7 @@ from vitssl.report import Report
 from vitssl.sections import EncoderConfig, SourceConfig
 from vitssl.train.export import encoder_facts, write_export
 from vitssl.train.folder import run_folder
+from vitssl.train.frozen import network
 
 SOURCE = "the whole network, trained by python -m finetune; the recipe is in the folder of features"
 RECIPE: dict[str, Any] = {
@@ -69,6 +70,9 @@ def settings_of(config: EvaluateConfig) -> dict[str, Any]:
     given = config.finetune
     test = given["test"] if isinstance(given.get("test"), dict) else {}
     taken = [key for key in given if key in OURS] + [f"test.{key}" for key in test if key in SourceConfig.model_fields]
+    head = given["head"] if isinstance(given.get("head"), dict) else {}
+    if "pooling" in head:
+        raise ConfigError(f"finetune.head.pooling={head['pooling']}: is not given here; set pooling= for all protocols alike")
     if taken:
         raise ConfigError(f"finetune.{taken[0]}: is not given here; evaluate sets it from its own data, encoders and seeds")
     launch = {"precision": config.precision, "device": config.device}
@@ -81,7 +85,8 @@ def finetuned(own: Labelled, each: Judging, config: EvaluateConfig, report: Repo
     """(accuracy after the last step, images it was measured on) of every seed, on the first process; all take part."""
     values = _merged(settings_of(config), {"head": {"pooling": each.pooling}})
     values = _merged(values, {"data": own.config.data.model_dump(mode="json"), "test": own.config.test.model_dump(mode="json")})
-    said = [each.weights, own.train.fingerprint, own.test.fingerprint, values, list(each.encoder.spec.image_size)]
+    sets = [[source.fingerprint, stamp(source)] for source in (own.train, own.test)]
+    said = [each.weights, *network(each.encoder), list(each.facts["mean"]), list(each.facts["std"]), sets, values]
     key = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=8).hexdigest()
     folder = config.features / FINETUNE / key
     if dist.rank() == 0 and not (folder / "encoder" / "encoder.json").exists():

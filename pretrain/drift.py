@@ -42,7 +42,9 @@ class Drift:
         images = json.dumps([len(samples), repr(samples.views), len(features)])
         if step == 0:
             words = {"fingerprint": source.fingerprint, "images": images}
-            self.path.write_bytes(save({"features": features.cpu().contiguous()}, words))
+            unfinished = self.path.with_name(f".{self.path.name}")
+            unfinished.write_bytes(save({"features": features.cpu().contiguous()}, words))
+            unfinished.replace(self.path)
         found = None
         if self.path.exists():
             with safe_open(self.path, "pt") as file:

@@ -21,9 +21,11 @@ def world() -> int:
 
 
 def begin() -> None:
-    """Join the processes that a launcher started, where no engine does it."""
+    """Join the processes that a launcher started, each with a GPU of its own, where no engine does it."""
     if "RANK" in os.environ and world() > 1 and not _started():
         td.init_process_group("gloo", timeout=_PATIENCE)
+        if torch.cuda.is_available():  # "cuda" then means this one
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vitssl.errors import ConfigError, DataError
 from vitssl.interop.ours import create
 from vitssl.report import Report
 from vitssl.sections import DataConfig
+from vitssl.train import embedding
 from vitssl.train.export import load_encoder
 from vitssl.train.frozen import frozen_features
 
@@ -79,6 +80,28 @@ def test_killed_and_continued_on_two_processes(form: str, argv: list[str], tmp_p
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == names and len(names) == {"npy": 5}.get(form, 9)
     for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kinds", ["mean", "[mean,patches]"])
+def test_stopped_while_files_get_their_names(
+    kinds: str, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*argv, f"kind={kinds}", "format=npy"]
+    assert main([*words, f"out={tmp_path}/whole"]) == 0
+    write = embedding._write_json
+
+    def stop(path: Path, value: object) -> None:
+        if path.name == "about.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(embedding, "_write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main([*words, f"out={tmp_path}/stopped"])
+    monkeypatch.setattr(embedding, "_write_json", write)
+    assert main([*words, f"out={tmp_path}/stopped"]) == 0
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "stopped" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_every_format_holds_the_same(argv: list[str], exported, data: Path, tmp_path: Path) -> None:

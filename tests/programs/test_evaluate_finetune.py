@@ -49,6 +49,7 @@ def test_refusals(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     argv = [*(word for word in argv if not word.startswith("finetune=")), "protocol=finetune"]
     for wrong, message in (
         ("{encoder: runs/other}", r"finetune.encoder: is not given here; evaluate sets it"),
+        ("{head: {pooling: class}}", r"finetune.head.pooling=class: is not given here; set pooling="),
         ("{test: {split: other}}", r"finetune.test.split: is not given here"),
         ("{optim: {base_lr: -1}}", r"optim.base_lr=-1"),
         ("{lenght: 5ep}", r"lenght"),

@@ -119,6 +119,10 @@ REFUSED = {
     "shots": ([*SEVERAL, "shots=2"], "labels=several and shots=2 exclude each other"),
     "a teacher": ([*SEVERAL, "teacher.name=x"], "labels=several and teacher exclude each other"),
     "other classes": ([*SEVERAL, "test.path={0}/other.csv"], "1 classes are not among those of"),
+    "a map that leaves nothing": (
+        [*SEVERAL, "test.path={0}/cats.csv", "label_map={{cat: null}}"],
+        "label_map leaves no test image a label",
+    ),
     "several without being asked": (["data.path={0}/odd"], "take labels=several"),
 }
 
@@ -127,6 +131,7 @@ REFUSED = {
 def test_what_cannot_be(finetune: Callable, lists: Path, write_shard: Callable, tmp_path: Path, case: str) -> None:
     argv, words = REFUSED[case]
     (lists / "other.csv").write_text("path,label\n1.jpg,cat;horse\n")
+    (lists / "cats.csv").write_text("path,label\n1.jpg,cat\n")
     (lists / "odd").mkdir(exist_ok=True)
     write_shard(lists / "odd/a.tar", range(2), label=lambda number: "1 2")
     refused(finetune(tmp_path / "run", *places(lists), *(each.format(lists) for each in argv)), words)

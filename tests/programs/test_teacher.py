@@ -183,6 +183,7 @@ REFUSED = {
     "another number of classes": (["teacher.name={5}"], "tells 5 classes apart and the training data has 4; take a teacher"),
     "another in a file": (["teacher.name=test_resnet", "teacher.weights={5}/model.safetensors"], "tells 5 classes apart"),
     "unknown": (["teacher.name=resnet999"], "teacher.name='resnet999': is no model of timm"),
+    "of several labels": (["teacher.name={several}"], "tells several labels of an image, and distillation is of one"),
     "an empty folder": (["teacher.name={empty}"], "holds neither a classifier of ours nor a timm model's config.json"),
     "two weights": (["teacher.name={4}", "teacher.weights=x.pt"], "has weights of its own; leave them out"),
     "no such file": (["teacher.name=test_resnet", "teacher.weights=x.pt"], "x.pt does not exist"),
@@ -201,7 +202,9 @@ def test_teachers_that_cannot_be(finetune: Callable, cnn: dict, tmp_path: Path, 
     argv, words = REFUSED[case]
     (tmp_path / "empty").mkdir()
     save_file({"fc.bias": torch.zeros(4)}, tmp_path / "empty/part.safetensors")
-    places = {"5": cnn[5], "4": cnn[4], "empty": tmp_path / "empty"}
+    facts = {"architecture": "x", "arguments": {}, "image_size": [8, 8], "mean": [0.5], "std": [0.5], "pooling": "mean"}
+    write_export(tmp_path / "several", "classifier", {}, facts | {"classes": list("abcd"), "labels": "several"})
+    places = {"5": cnn[5], "4": cnn[4], "empty": tmp_path / "empty", "several": tmp_path / "several"}
 
     def placed(text: str) -> str:
         for name, path in places.items():

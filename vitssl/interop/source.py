@@ -11,7 +11,8 @@ def is_foreign(source: str) -> bool:
     path = Path(source)
     if source.partition(":")[0] in ("timm", "hf") or path.suffix in (".pth", ".pt", ".tar", ".bin"):
         return True
-    return path.suffix == ".safetensors" and path.is_file() and not (path.parent / "encoder.json").is_file()
+    ours = any((path.parent / name).is_file() for name in ("encoder.json", "classifier.json"))
+    return path.suffix == ".safetensors" and path.is_file() and not ours
 
 
 def import_weights(source: str, *, format: str | None = None, heads: int | None = None) -> Imported:

@@ -52,9 +52,9 @@ def train_attentive(
 ) -> AttentiveHead:
     """A head trained on tokens [N, P, D] with ``labels`` [N] by AdamW, a cosine from ``lr`` after a twentieth of warm-up.
 
-    ``heads`` defaults to D / 64; batches are those of :class:`Shuffled`.
+    It lies where the labels do; the tokens may stay on the host. ``heads`` defaults to D / 64; batches are :class:`Shuffled`.
     """
-    device, width = tokens.device, tokens.shape[2]
+    device, width = labels.device, tokens.shape[2]
     batches = Shuffled(len(tokens), epochs=epochs, batch_size=batch_size, seed=seed, device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def train_attentive(
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
         optimizer.zero_grad()
-        F.cross_entropy(head(tokens[rows].float()), labels[rows]).backward()
+        F.cross_entropy(head(tokens[rows.to(tokens.device)].to(device).float()), labels[rows]).backward()
         optimizer.step()
     return head.eval()
 
@@ -74,5 +74,5 @@ def train_attentive(
 def attentive_accuracy(head: AttentiveHead, tokens: Tensor, labels: Tensor, *, chunk: int = 256) -> float:
     """Top-1 accuracy in [0, 1] on tokens [N, P, D], ``chunk`` samples at a time."""
     parts = zip(tokens.split(chunk), labels.split(chunk), strict=True)
-    right = sum((head(some.float()).argmax(dim=1) == answers).sum() for some, answers in parts)
+    right = sum((head(some.to(labels.device).float()).argmax(dim=1) == answers).sum() for some, answers in parts)
     return (right / max(1, len(labels))).item()

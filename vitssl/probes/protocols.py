@@ -46,7 +46,8 @@ class Split:
 
     def take(self, rows: Tensor) -> "Split":
         """Some of the samples."""
-        features, *crops = ({kind: values[rows] for kind, values in view.items()} for view in (self.features, *self.crops))
+        views = (self.features, *self.crops)  # patch tokens stay on the host, wherever the rest is
+        features, *crops = ({kind: values[rows.to(values.device)] for kind, values in view.items()} for view in views)
         return Split(features, self.labels[rows], tuple(crops))
 
 

@@ -76,7 +76,8 @@ class Embedding:
             if len(pending) < len(pieces):
                 there = num - sum(len(pieces[number]) for number in pending)
                 tell(f"going on: {there:,} of {num:,} images are in {self.output.folder}")
-            self._write({number: pieces[number] for number in pending[dist.rank() :: dist.world()]}, progress)
+            if pending:  # else arrays may have their names already
+                self._write({number: pieces[number] for number in pending[dist.rank() :: dist.world()]}, progress)
             dist.barrier()
             if dist.rank() == 0:
                 self._finish({"settings": settings, **facts}, len(pieces))

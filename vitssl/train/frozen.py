@@ -139,13 +139,14 @@ def _fill(
         rows = batch.positions.numpy()
         for feature, own in values.items() if len(rows) else ():
             file = files[feature.name]
-            numbers = own.float().numpy()
+            with np.errstate(over="ignore"):
+                numbers = own.float().numpy().astype(file.dtype)
             if not np.isfinite(numbers).all():
                 raise CheckpointError(
                     f"the encoder makes no finite numbers of {batch.keys[0]} and others ({feature.name} features); its weights"
                     " are damaged, or are not of this network, or precision=bf16 is too coarse for them"
                 )
-            file[rows] = numbers.astype(file.dtype)
+            file[rows] = numbers
         written.append(rows)
         if number % _FLUSH == 0:
             _mark(files, flags, np.concatenate(written))

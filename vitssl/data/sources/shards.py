@@ -61,7 +61,7 @@ class ShardSource:
         self.num_unlabelled = int(rows["unlabelled"].sum())
         self.fingerprint = self._fingerprint()
         self.labels = self.num_unlabelled == 0
-        self.classes = self._names_of(int(self.label_array().max())) if self.labels else None
+        self.classes = self._names_of(self.label_array) if self.labels else None
         self.by_chunk = is_url(self.manifest.shards[0])
         sized = rows["size"] > 0
         self.mean_bytes = int(rows["size"][sized].sum()) // max(1, int(counts[sized].sum()))
@@ -101,7 +101,7 @@ class ShardSource:
         indexes = [self.manifest.open(number) for number in range(len(self.manifest.shards))]
         found = [shard_labels(index.shard, index.identity, index.num_samples) for index in indexes]
         counts, labels = (np.concatenate(part) for part in zip(*found, strict=True))
-        return label_sets(counts, labels, self._names_of(int(labels.max(initial=-1))))
+        return label_sets(counts, labels, self._names_of(lambda: labels))
 
     def stamp(self) -> bytes:
         """See :func:`vitssl.data.sources.base.stamp`."""
@@ -113,8 +113,8 @@ class ShardSource:
         counts = fingerprint([*rows["name"].tolist(), rows["samples"].tobytes()])
         return f"{UNREAD if self.manifest.counted.any() else fingerprint(rows['identity'].tolist())}.{counts}"
 
-    def _names_of(self, largest: int) -> tuple[str, ...] | None:
-        """The class names of the ``about.json`` beside the shards, where there is one, for labels up to ``largest``."""
+    def _names_of(self, labels: Callable[[], NDArray[np.int64]]) -> tuple[str, ...] | None:
+        """The class names of the ``about.json`` beside the shards, where there is one; only then are the labels looked at."""
         about = "/".join((parted(self.manifest.shards[0])[0] or ".", "about.json"))
         try:
             content = remote.small_file(about, self.manifest.access) if is_url(about) else Path(about).read_bytes()
@@ -123,7 +123,7 @@ class ShardSource:
             return None
         if not isinstance(classes, list):
             return None
-        if largest >= len(classes):
+        if (largest := int(labels().max(initial=-1))) >= len(classes):
             where = f"{shown(about)}: names {len(classes)} classes"
             raise DataError(f"{where}, and there is a label {largest}; correct it or remove it")
         return tuple(map(str, classes))
