@@ -10,9 +10,8 @@ from vitssl.data.feed import open_configured
 from vitssl.data.sources import Joined, Renumbered, Several, Source, Subset, label_like, several_labels, several_like
 from vitssl.data.sources.base import refuse_stray
 from vitssl.data.sources.several import renumbered
-from vitssl.errors import ConfigError, DataError
+from vitssl.errors import ConfigError, DataError, first_of
 
-SHOWN = 3  # classes that a message names
 Progress = Callable[[int, int], None]
 
 
@@ -76,7 +75,7 @@ def _mapped(source: Source, names: Mapping[str, str | None], *, absent: bool = F
     for name in names:
         if name not in old and not absent:
             near = difflib.get_close_matches(name, old, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(old[:SHOWN])}{', ...' * (len(old) > SHOWN)}"
+            hint = f"did you mean {near[0]}?" if near else f"there are {first_of(old)}"
             raise ConfigError(f"label_map.{name}: {source.name} has no such class; {hint}")
     new = [names.get(name, name) for name in old]
     classes = tuple(dict.fromkeys(name for name in new if name is not None))
@@ -92,10 +91,9 @@ def _refuse_empty(source: Source) -> None:
     there = np.unique(source.label_array()).tolist()
     if source.classes and len(there) < len(source.classes):
         missing = [name for number, name in enumerate(source.classes) if number not in there]
-        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         raise DataError(
-            f"{source.name}: {len(missing):,} of {len(source.classes):,} classes have no image ({shown}), so nothing could"
-            f" learn them; add images, or take them out: the folder, or label_map={{{missing[0]}: null}}"
+            f"{source.name}: {len(missing):,} of {len(source.classes):,} classes have no image ({first_of(missing)}), so"
+            f" nothing could learn them; add images, or take them out: the folder, or label_map={{{missing[0]}: null}}"
         )
     if len(there) == 1:
         raise DataError(

@@ -69,8 +69,10 @@ class TestConfig(SourceConfig):
     every: Every = Field(Duration(10, "%"), description="between two evaluations")
     crop_pct: Share = Field(1.0, description="central part that is looked at (0.875: resize 256, crop 224)")
     image_size: Size | None = Field(None, description="pixels that are looked at (FixRes); null: what is trained at")
-    patience: Count | None = Field(None, description="evaluations without a better top-1 after which the run ends; null: off")
-    mistakes: NonNegativeInt = Field(40, description="misclassified images on the contact sheet, the surest first")
+    patience: Count | None = Field(None, description="evaluations without a better one after which the run ends; null: off")
+    mistakes: NonNegativeInt = Field(
+        40, description="misclassified images on a sheet, the surest first; not for labels=several"
+    )
 
 
 class LayerwiseConfig(OptimConfig):

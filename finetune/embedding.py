@@ -24,9 +24,10 @@ from vitssl.data.sources import Subset
 from vitssl.data.transforms import check_channels
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
+from vitssl.models.state import digest_of
 from vitssl.report import Report, duration
 from vitssl.train.embedding import Embedding, Output
-from vitssl.train.frozen import Extraction, weights_hash
+from vitssl.train.frozen import Extraction
 from vitssl.train.layers import Feature
 from vitssl.views import View
 
@@ -68,7 +69,7 @@ def prepare(config: EmbedConfig, report: Report) -> tuple[Embedding, dict[str, o
     check_channels(encoder.spec.channels, arrays=config.data.arrays)
     source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
     size = encoder.spec.image_size
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    device = dist.choose_device(config.device)
     how = Extraction(
         View(size=size, resize=round(min(size) / config.crop_pct)),
         config.data.mean or facts["mean"],
@@ -81,7 +82,7 @@ def prepare(config: EmbedConfig, report: Report) -> tuple[Embedding, dict[str, o
     output = Output(config.out or Path(), config.format, half=config.dtype == "fp16", rows=config.rows)
     shapes = {feature.name: list(feature.shape(encoder.spec)) for feature in features}
     said = {"encoder": config.encoder, "data": source.name, "shapes": shapes}
-    return Embedding(encoder, weights_hash(encoder), source, config.data, how, features, output), said
+    return Embedding(encoder, digest_of(encoder.state()), source, config.data, how, features, output), said
 
 
 def _layer(layer: int | str, encoder: Encoder) -> int | None:

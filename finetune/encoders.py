@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 
-from vitssl.errors import UserError
+from vitssl.interop.formats import MEAN, STD
 from vitssl.interop.ours import create
-from vitssl.interop.source import import_weights, is_foreign
+from vitssl.interop.source import is_foreign, named_weights
 from vitssl.models.encoder import Encoder
 from vitssl.sections import EncoderConfig
 from vitssl.train.export import Held, encoder_facts, encoder_like, load_encoder, newest_export
 
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet, for a network that has seen nothing
 Size = int | tuple[int, int]
 
 
@@ -34,9 +33,13 @@ def open_encoder(name: str, *, image_size: Size | None = None) -> tuple[Encoder,
             return encoder, facts, _section(facts["encoder"], changes)
         section = EncoderConfig(name=rest, **changes)
         encoder = create(section)
-        return encoder, {"mean": MEAN, "std": STD, "pooling": "class" if encoder.spec.class_token else "mean"}, section
+        return (
+            encoder,
+            {"mean": list(MEAN), "std": list(STD), "pooling": "class" if encoder.spec.class_token else "mean"},
+            section,
+        )
     if is_foreign(name):
-        found = import_weights(name)
+        found = named_weights("encoder", name)
         if not changes:
             return found.encoder, found.facts, found.section
         section = found.section.model_copy(update=changes)
@@ -52,11 +55,7 @@ def origin_of(name: str) -> Path | Held:
     """What a training begins from: an export's path, or somebody else's weights, read once. Raises CheckpointError."""
     if not is_foreign(name):
         return Path(name)
-    try:
-        found = import_weights(name)
-    except UserError as error:
-        advice = "; make an export of it first:  vitssl import  takes them" if "--" in str(error) else ""
-        raise type(error)(f"encoder={name}: {error}{advice}") from error
+    found = named_weights("encoder", name)
     return Held(name, found.encoder.state(), encoder_facts(found.encoder, found.section, **found.facts))
 
 

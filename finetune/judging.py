@@ -18,13 +18,15 @@ from vitssl.data.layout import choose_workers
 from vitssl.data.sources import Source, label_like, refuse_stray
 from vitssl.errors import DataError
 from vitssl.models.encoder import Encoder
+from vitssl.models.state import digest_of
 from vitssl.probes.protocols import LINEAR, SOURCES, Judged, Split, judge, needed, wilson
 from vitssl.report import Report
 from vitssl.train.export import newest_export
-from vitssl.train.frozen import Extraction, frozen_features, weights_hash
+from vitssl.train.frozen import Extraction, frozen_features
 from vitssl.views import View
 
 Facts = dict[str, Any]
+Kept = tuple[dict[str, np.ndarray], np.ndarray]  # (mapped files, rows that could be used)
 
 
 def evaluate(config: EvaluateConfig, report: Report) -> tuple[list[dict[str, Any]], Facts]:
@@ -61,12 +63,12 @@ def _judging(name: str, config: EvaluateConfig) -> Judging:
     encoder, facts, section = open_encoder(name, image_size=config.image_size)
     pooling = config.pooling or facts["pooling"]
     encoder.spec.refuse_pooling(pooling)
-    return Judging(name, encoder, facts, section, pooling, weights_hash(encoder))
+    return Judging(name, encoder, facts, section, pooling, digest_of(encoder.state()))
 
 
 def _judge(own: Labelled, each: Judging, config: EvaluateConfig, report: Report) -> list[dict[str, Any]]:
     """The rows of an encoder on a data set; its features are freed with the end of this function."""
-    rows = []
+    rows, first = [], dist.rank() == 0  # the others only help to extract
 
     def add(found: Judged, images: int) -> None:
         images = 0 if found.protocol in ("rankme", "alpha_req") else images
@@ -78,8 +80,9 @@ def _judge(own: Labelled, each: Judging, config: EvaluateConfig, report: Report)
         report.say(f"{each.name}: {what}" + (f" on {own.name}" if config.datasets else ""))
 
     if frozen := [name for name in config.protocol if name != FINETUNE]:
-        parts = _train_split(each, own, config, report), _test_split(each, own, config, report)
-        for protocol in frozen if dist.rank() == 0 else ():
+        kept = _train_files(each, own, config, report), _test_files(each, own, config, report)
+        parts = [_split(files, source, each, config) for files, source in zip(kept, (own.train, own.test))] if first else []
+        for protocol in frozen if first else ():
             tell(protocol)
             for found in judge(protocol, *parts, seeds=config.seeds):
                 add(found, len(parts[1].labels))
@@ -87,28 +90,33 @@ def _judge(own: Labelled, each: Judging, config: EvaluateConfig, report: Report)
         tell(FINETUNE)
         for result in finetuned(own, each, config, report):
             add(*result)
-    return rows if dist.rank() == 0 else []
+    return rows if first else []
 
 
-def _train_split(each: Judging, own: Labelled, config: EvaluateConfig, report: Report) -> Split:
-    """The training images' centre crops, and the random ones that linear protocols see."""
+def _train_files(each: Judging, own: Labelled, config: EvaluateConfig, report: Report) -> list[Kept]:
+    """Of the training images' centre crops, and of the random ones that linear protocols see."""
     kinds = _kinds(each.encoder, needed(config.protocol), each.pooling)
     views = [_centre(each, config)]
     if config.crops > 1 and (linear := [name for name in config.protocol if name in LINEAR]):
         views += [View(views[0].size, scale=(0.08, 1.0), flip=0.5, copy=number) for number in range(config.crops)]
         crop_kinds = _kinds(each.encoder, needed(linear), each.pooling)
-    found = []
-    for number, view in enumerate(views):
-        found.append(_features(each, own.train, view, crop_kinds if number else kinds, own.config, config, report))
-    rows = functools.reduce(np.intersect1d, [rows for _, rows in found])
-    centre, *crops = (_taken(values, rows, own.train, each, config) for values, _ in found)
-    return Split(centre, _labels(own.train, rows, config), tuple(crops))
+    return [
+        _features(each, own.train, view, crop_kinds if number else kinds, own.config, config, report)
+        for number, view in enumerate(views)
+    ]
 
 
-def _test_split(each: Judging, own: Labelled, config: EvaluateConfig, report: Report) -> Split:
+def _test_files(each: Judging, own: Labelled, config: EvaluateConfig, report: Report) -> list[Kept]:
     kinds = _kinds(each.encoder, needed(config.protocol), each.pooling)
-    values, rows = _features(each, own.test, _centre(each, config), kinds, own.config, config, report)
-    return Split(_taken(values, rows, own.test, each, config), _labels(own.test, rows, config))
+    return [_features(each, own.test, _centre(each, config), kinds, own.config, config, report)]
+
+
+def _split(files: Sequence[Kept], source: Source, each: Judging, config: EvaluateConfig) -> Split:
+    """The rows that could be used of every view, on the device."""
+    rows = functools.reduce(np.intersect1d, [rows for _, rows in files])
+    centre, *crops = (_taken(values, rows, source, each, config) for values, _ in files)
+    labels = torch.from_numpy(source.label_array()[rows]).to(dist.choose_device(config.device))
+    return Split(centre, labels, tuple(crops))
 
 
 def _centre(each: Judging, config: EvaluateConfig) -> View:
@@ -118,9 +126,9 @@ def _centre(each: Judging, config: EvaluateConfig) -> View:
 
 def _features(
     each: Judging, source: Source, view: View, kinds: Sequence[str], own: SetConfig, config: EvaluateConfig, report: Report
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+) -> Kept:
     """What the encoder makes of a view of a source's images: (mapped files, rows that could be used)."""
-    device = _device(config)
+    device = dist.choose_device(config.device)
     how = Extraction(
         view,
         own.data.mean or each.facts["mean"],
@@ -140,16 +148,10 @@ def _taken(
     """These rows of files, on the device."""
     whole = len(rows) == source.num_samples  # then files that are larger than memory stay where they are
     features = {kind: torch.from_numpy(values if whole else values[rows]) for kind, values in found.items()}
-    features = {kind: values if kind == "patches" else values.to(_device(config)) for kind, values in features.items()}
+    features = {
+        kind: values if kind == "patches" else values.to(dist.choose_device(config.device)) for kind, values in features.items()
+    }
     return features | {"pooled": features[each.pooling]}
-
-
-def _labels(source: Source, rows: np.ndarray, config: EvaluateConfig) -> torch.Tensor:
-    return torch.from_numpy(source.label_array()[rows]).to(_device(config))
-
-
-def _device(config: EvaluateConfig) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
 
 
 def _kinds(encoder: Encoder, asked: Sequence[str], pooling: str) -> tuple[str, ...]:

@@ -5,10 +5,8 @@ import torch
 
 from vitssl import draws
 from vitssl.data.sources import Balanced, Joined, Source, Subset, take_labelled
-from vitssl.errors import ConfigError, DataError
+from vitssl.errors import ConfigError, DataError, first_of
 from vitssl.views import purpose
-
-SHOWN = 3  # classes that a message names
 
 
 def choose_labelled(source: Source, *, labelled: int | str | None, shots: int | None, seed: int) -> Source:
@@ -77,5 +75,6 @@ def _class_counts(source: Source) -> dict[str, int]:
 
 def _refuse_small(source: Source, counts: dict[str, int], fewest: int, why: str) -> None:
     if small := [f"{name} has {count}" for name, count in counts.items() if count < fewest]:
-        shown = ", ".join(small[:SHOWN]) + (f", and {len(small) - SHOWN} more" if len(small) > SHOWN else "")
-        raise DataError(f"{source.name}: too few labelled images of {len(small)} of {len(counts)} classes ({shown}): {why}")
+        raise DataError(
+            f"{source.name}: too few labelled images of {len(small)} of {len(counts)} classes ({first_of(small)}): {why}"
+        )

@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m finetune.predict", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a fine-tuning run's folder, or its export/last or export/best")
     parser.add_argument("data", nargs="+", help="images, a folder of them, shards: what data.path takes")
-    parser.add_argument("--top", type=int, default=5, help="classes told of each image (5)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which one of several labels is told")
+    parser.add_argument("--top", type=int, help="classes told of each image, where it has one label (5)")
+    parser.add_argument("--threshold", type=float, help="probability above which one of several labels is told (0.5)")
     parser.add_argument("--jsonl", type=Path, help="write a line of JSON for every image")
     parser.add_argument("--batch-size", type=int, default=64, help="images looked at together (64)")
     parser.add_argument(
@@ -35,9 +35,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     given = parser.parse_args(argv)
-    if given.top < 1 or given.batch_size < 1:
+    if (given.top is not None and given.top < 1) or given.batch_size < 1:
         raise ConfigError("--top and --batch-size are at least 1")
-    if not 0 <= given.threshold <= 1:
+    if given.threshold is not None and not 0 <= given.threshold <= 1:
         raise ConfigError(f"--threshold {given.threshold}: is a probability, from 0 to 1")
     report, count, labelled, right = Report(), 0, 0, 0
     shown: list[tuple[str, str]] = []
@@ -68,20 +68,22 @@ def predictions(
     device: str = "auto",
     precision: str = "auto",
     batch_size: int = 64,
-    top: int = 5,
-    threshold: float = 0.5,
+    top: int | None = None,
+    threshold: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """{"image", "top": [{"class", "probability"}, ...]} of every image that can be used, in order.
 
-    Of a classifier of several labels "labels" stand in the place of "top": all above ``threshold``, the surest first. Of one
-    label, "label" is the image's own, where its source gives all images one, and "right" whether the first choice is that:
-    left out for a label that is none of the classes. ``precision``: auto is that of the run's own evaluation.
+    Of one label ``top`` classes (5) are told; "label" is the image's own, where its source gives all images one, and "right"
+    whether the first choice is that: left out for a label that is none of the classes. Of a classifier of several labels
+    "labels" stand in the place of "top": all above ``threshold`` (0.5), the surest first. ``precision``: auto is that of the
+    run's own evaluation.
 
-    Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU, DataError where no image can be
-    used.
+    Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU and for a setting that is of the
+    other kind of labels, DataError where no image can be used.
     """
     import torch
 
+    from vitssl import dist
     from vitssl.data.augment import Normalize
     from vitssl.data.feed import evaluation_samples, share
     from vitssl.interop.ours import classifier_of, resized
@@ -91,7 +93,7 @@ def predictions(
 
     place = run / "export" / "last" if (run / "export" / "last").is_dir() else run
     state, facts = read_export(place, "classifier")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = dist.choose_device(device)
     model = classifier_of(state, facts).to(device)
     cast = _autocast(model, precision, facts.get("precision", "fp32"), device, report)
     size = tuple(facts.get("tested_size", facts["image_size"]))
@@ -99,7 +101,11 @@ def predictions(
     channels = model.encoder.spec.channels
     normalize = Normalize(facts["mean"], facts["std"], channels=channels).to(device)
     classes, several = facts["classes"], facts.get("labels") == "several"
-    wanted = len(classes) if several else min(top, len(classes))
+    if (top if several else threshold) is not None:
+        kind, other = ("--top", "--threshold") if several else ("--threshold", "--top")
+        raise ConfigError(f"{kind}: {run} tells {'several labels' if several else 'one label'} of an image; take {other}")
+    threshold = 0.5 if threshold is None else threshold
+    wanted = len(classes) if several else min(top or 5, len(classes))
     for folder, source in _opened(data):
         labels = source.labels and not several
         samples = evaluation_samples(source, DataConfig(**facts.get("decoding", {})), [view], channels=channels, labels=labels)

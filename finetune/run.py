@@ -21,7 +21,7 @@ from vitssl.command import Command
 from vitssl.data.augment import RandAugment, erasing, mixer, rand_augment
 from vitssl.data.sources import Several, Source
 from vitssl.data.transforms import check_channels
-from vitssl.errors import ConfigError
+from vitssl.errors import ConfigError, first_of
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import head_like
 from vitssl.models.teacher import Teacher
@@ -33,8 +33,6 @@ from vitssl.train.folder import begun_with, run_folder
 from vitssl.train.planning import batch_split, outline
 from vitssl.train.session import begin_session, show_plan
 from vitssl.views import View
-
-SHOWN = 3  # classes that a message names
 
 
 def run(config: FinetuneConfig, command: Command) -> int:
@@ -147,10 +145,9 @@ def tell_missing_classes(source: Source, classes: tuple[str, ...], report: Repor
     """Warn of classes that are named and that no training image has."""
     counts = source.counts() if isinstance(source, Several) else np.bincount(source.label_array(), minlength=len(classes))
     if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
-        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         report.say(
-            f"warning: {len(missing):,} of {len(classes):,} classes have no image to train on ({shown}), so they are never"
-            f" told; add images, or take them out, as label_map={{{missing[0]}: null}} does",
+            f"warning: {len(missing):,} of {len(classes):,} classes have no image to train on ({first_of(missing)}), so they"
+            f" are never told; add images, or take them out, as label_map={{{missing[0]}: null}} does",
             style="yellow",
         )
 

@@ -6,20 +6,31 @@ from typing import Any
 
 import torch
 
-from finetune.watch import Evaluation, write_csv
-from vitssl.data.feed import share
+from finetune.watch import WEAKEST, Evaluation, write_csv
 from vitssl.losses import binary_cross_entropy
 from vitssl.probes.several import average_precision, count_answers, micro_f1
 from vitssl.train.predictions import SetPredictions, predict_sets
 
 THRESHOLD = 0.5  # probability above which a label is told
-WEAKEST = 3  # classes that are named at the end
+
+
+def set_means(found: SetPredictions) -> dict[str, float]:
+    """Loss, mAP over the classes that some image has, and F1 of the labels that are told."""
+    there = found.labels.any(dim=0)
+    counts = count_answers(found.logits.double().sigmoid() > THRESHOLD, found.labels)
+    return {
+        "loss": float(binary_cross_entropy(found.logits.double(), found.labels)),
+        "map": float(average_precision(found.logits, found.labels)[there].mean()),
+        "micro_f1": micro_f1(counts) if bool(there.any()) else 0.0,
+        "macro_f1": float(torch.nan_to_num(counts.f1)[there].mean()),
+    }
 
 
 class SeveralEvaluation(Evaluation):
     """The best is judged by mAP: the mean over classes that some test image has; so is macro F1."""
 
     measure, labels = "map", "several"
+    predict, means = staticmethod(predict_sets), staticmethod(set_means)
 
     def in_words(self, result: dict[str, float]) -> str:
         """An evaluation in one phrase."""
@@ -27,15 +38,11 @@ class SeveralEvaluation(Evaluation):
         f1 = f"F1 {result['micro_f1']:.2%} (macro {result['macro_f1']:.2%})"
         return f"mAP {result['map']:.2%}  {f1}  loss {result['loss']:.4f}{raw}"
 
-    def _look(self, doors: Sequence[str]) -> list[SetPredictions]:
-        return predict_sets(self.session.engine, share(self.samples, tell=self.session.report.say), doors=doors)
-
     def _interval(self, last: dict[str, float]) -> list[tuple[str, str]]:
         return [("threshold", f"F1 counts labels of a probability above {THRESHOLD}")]
 
-    def _result(self, judged: SetPredictions, raw: SetPredictions | None = None) -> dict[str, float]:
-        found = _means(judged)
-        return found | ({f"raw_{name}": value for name, value in _means(raw).items()} if raw else {})
+    def _result(self, judged: SetPredictions) -> dict[str, float]:
+        return set_means(judged)
 
     def _write_results(self, found: SetPredictions, step: int) -> None:
         """``results/``: the table of the classes, and the numbers as JSON."""
@@ -66,14 +73,3 @@ def class_table(found: SetPredictions, classes: Sequence[str]) -> list[dict[str,
             "precision": right / (right + wrong) if right + wrong else None,
         })  # fmt: skip
     return rows
-
-
-def _means(found: SetPredictions) -> dict[str, float]:
-    there = found.labels.any(dim=0)
-    counts = count_answers(found.logits.double().sigmoid() > THRESHOLD, found.labels)
-    return {
-        "loss": float(binary_cross_entropy(found.logits.double(), found.labels)),
-        "map": float(average_precision(found.logits, found.labels)[there].mean()),
-        "micro_f1": micro_f1(counts) if bool(there.any()) else 0.0,
-        "macro_f1": float(torch.nan_to_num(counts.f1)[there].mean()),
-    }

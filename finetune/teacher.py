@@ -1,6 +1,5 @@
 """The teacher of a distillation: found by its name, loaded, and held against the classes that are to be learnt."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,17 @@ from typing import Any
 from torch import nn
 
 from finetune.config import FinetuneConfig, TeacherConfig
-from vitssl.errors import ConfigError
+from vitssl.errors import ConfigError, first_of
 from vitssl.interop.files import read_tensors
 from vitssl.interop.ours import classifier_of
 from vitssl.models.encoder import EncoderSpec
+from vitssl.models.state import digest_of
 from vitssl.models.teacher import Teacher, timm_network
 from vitssl.report import Report
 from vitssl.train import checkpoint
 from vitssl.train.export import last_part, read_export
 
 FILE = "teacher.json"
-SHOWN = 3  # classes that a message names
 
 
 def open_teacher(config: FinetuneConfig, classes: tuple[str, ...]) -> Teacher | None:
@@ -61,7 +60,7 @@ def refuse_other_teacher(folder: Path, config: FinetuneConfig, teacher: Teacher)
     """Raise ConfigError where the run in ``folder`` was begun with other weights under the same name."""
     file = folder / FILE
     known = json.loads(file.read_text())["weights"] if file.is_file() and checkpoint.found(folder / "checkpoints") else None
-    if known not in (None, _digest(teacher)):
+    if known not in (None, digest_of(teacher.state_dict())):
         raise ConfigError(
             f"teacher.name={config.teacher.name}: has other weights than when {folder} was begun; put them back, or take"
             " another run.name"
@@ -70,16 +69,8 @@ def refuse_other_teacher(folder: Path, config: FinetuneConfig, teacher: Teacher)
 
 def note_teacher(folder: Path, config: FinetuneConfig, teacher: Teacher) -> None:
     """Write down whose answers this run learns from."""
-    words = {"name": config.teacher.name, "weights": _digest(teacher)}
+    words = {"name": config.teacher.name, "weights": digest_of(teacher.state_dict())}
     (folder / FILE).write_text(json.dumps(words, indent=1) + "\n")
-
-
-def _digest(teacher: Teacher) -> str:
-    """A hash of every number of a teacher, by name."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(teacher.state_dict().items()):
-        digest.update(name.encode() + b"\0" + tensor.detach().cpu().double().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _is_ours(name: str) -> bool:
@@ -122,6 +113,7 @@ def columns_of(name: str, theirs: tuple[str, ...] | None, classes: tuple[str, ..
     if theirs is None or theirs == classes or numbers in (theirs, classes):
         return None
     if missing := [each for each in classes if each not in theirs]:
-        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
-        raise ConfigError(f"teacher.name={name}: does not know {len(missing)} of the classes ({shown}); take another teacher")
+        raise ConfigError(
+            f"teacher.name={name}: does not know {len(missing)} of the classes ({first_of(missing)}); take another teacher"
+        )
     return [theirs.index(each) for each in classes]

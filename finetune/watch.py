@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 from vitssl import dist
 from vitssl.data.feed import evaluation_samples, share
 from vitssl.data.sources import Source
-from vitssl.errors import ConfigError
 from vitssl.inspect.charts import confusion_chart, mistakes_sheet
 from vitssl.inspect.pictures import save_sheet
 from vitssl.inspect.results import calibration_error, class_table, confusion, weakest
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.encoder import EncoderSpec, check_size
 from vitssl.probes.protocols import wilson
 from vitssl.train.export import write_export
 from vitssl.train.loop import Event
@@ -37,6 +35,7 @@ class Evaluation:
     """
 
     measure, labels = "top1", "one"
+    predict, means = staticmethod(predict), staticmethod(Predictions.means)
 
     def __init__(self, session: Session, images: Source, *, classes: tuple[str, ...]) -> None:
         self.session, self.classes = session, classes
@@ -55,8 +54,9 @@ class Evaluation:
         """Measure, write the row, and keep the classifier if none was better. Returns whether the run has ended early."""
         session = self.session
         doors = ["logits"] if session.config.ema is None else ["averaged logits", "logits"]
-        found = self._look(doors)
-        result = self._result(*found)
+        found = self.predict(session.engine, share(self.samples, tell=session.report.say), doors=doors)
+        judged, *raw = found
+        result = self._result(judged) | {f"raw_{name}": value for each in raw for name, value in self.means(each).items()}
         best = max((row[self.measure] for row in self.history), default=-1.0)
         row = {"step": step, **result, "images": len(found[0].labels)}
         self.history.append(row)
@@ -100,19 +100,15 @@ class Evaluation:
         scores = f"top-1 {result['top1']:.2%}  top-5 {result['top5']:.2%}"
         return f"{scores}  loss {result['loss']:.4f}  ece {result['ece']:.1%}{raw}"
 
-    def _look(self, doors: Sequence[str]) -> list[Predictions]:
-        return predict(self.session.engine, share(self.samples, tell=self.session.report.say), doors=doors)
-
     def _interval(self, last: dict[str, float]) -> list[tuple[str, str]]:
         low, high = last["top1_low"], last["top1_high"]
         return [("interval", f"{low:.2%} to {high:.2%} (95 %, over the drawing of the test images)")]
 
-    def _result(self, judged: Predictions, raw: Predictions | None = None) -> dict[str, float]:
+    def _result(self, judged: Predictions) -> dict[str, float]:
         means = judged.means()
         low, high = wilson(means["top1"], len(judged.labels))
         calibration = calibration_error(judged.confidence, judged.hits)
-        result = means | {"top1_low": low, "top1_high": high, "ece": calibration}
-        return result | ({f"raw_{name}": value for name, value in raw.means().items()} if raw else {})
+        return means | {"top1_low": low, "top1_high": high, "ece": calibration}
 
     def _out_of_patience(self) -> bool:
         """Whether the best evaluation lies as far back as ``test.patience`` says."""
@@ -190,10 +186,7 @@ def tested_size(asked: int | tuple[int, int] | None, spec: EncoderSpec) -> tuple
     """(height, width) of the test images. Positions are resampled to it, so any size will do that the patches divide: else
     ConfigError. Larger than trained at often is better (Touvron et al. 2019: random crops show objects enlarged)."""
     size = spec.image_size if asked is None else (asked, asked) if isinstance(asked, int) else tuple(asked)
-    if any(pixels % side for pixels, side in zip(size, spec.patch)):
-        fits = "x".join(str(max(1, round(pixels / side)) * side) for pixels, side in zip(size, spec.patch))
-        patch = "x".join(map(str, spec.patch))
-        raise ConfigError(f"test.image_size={asked} is not divisible by patches of {patch}; the nearest is {fits}")
+    check_size(size, spec.patch, "test.image_size")
     return size
 
 

@@ -21,7 +21,6 @@ from vitssl.report import Report
 from vitssl.train.bench import bench_step, step_rate
 from vitssl.train.export import encoder_facts, write_export
 from vitssl.train.folder import run_folder
-from vitssl.train.launch import choose_device
 from vitssl.train.loop import Event
 from vitssl.train.planning import outline
 from vitssl.train.session import Session, begin_session, show_plan
@@ -51,7 +50,7 @@ def run(config: PretrainConfig, command: Command) -> int:
 
     if command.flags.get("--bench") == "data":
         source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
-        options = {"channels": config.encoder.channels, "device": choose_device(config.launch)}
+        options = {"channels": config.encoder.channels, "device": dist.choose_device(config.launch.device)}
         bench_data(source, config.data, outline(build).views, **options, report=report, step_rate=step_rate(config, build_task))
     elif "--bench" in command.flags:
         bench_step(config, build_task, plain_mae, report)

@@ -13,7 +13,7 @@ import yaml
 from pretrain.config import PretrainConfig
 from vitssl.config import build
 from vitssl.errors import UserError
-from vitssl.interop.source import import_weights, is_foreign
+from vitssl.interop.source import is_foreign, named_weights
 from vitssl.models.adopt import adopt, require_like
 from vitssl.models.encoder import Encoder
 from vitssl.sections import EncoderConfig
@@ -38,15 +38,14 @@ class Start:
         name, begun = config.init.weights, checkpoint.found(run_folder(config) / "checkpoints")
         if name is None or begun or config.init.resume is not None:
             return None
+        if is_foreign(name):
+            found = named_weights("init.weights", name)
+            return cls(name, found.encoder, found.section, found.facts, dict(found.coverage).get("beside it", 0))
         try:
-            if is_foreign(name):
-                found = import_weights(name)
-                return cls(name, found.encoder, found.section, found.facts, dict(found.coverage).get("beside it", 0))
             encoder, facts = load_encoder(Path(name))
-            return cls(name, encoder, build(EncoderConfig, facts["encoder"], where=name), facts, 0)
         except UserError as error:
-            advice = "; make an export of it first:  vitssl import  takes them" if "--" in str(error) else ""
-            raise type(error)(f"init.weights={name}: {error}{advice}") from error
+            raise type(error)(f"init.weights={name}: {error}") from error
+        return cls(name, encoder, build(EncoderConfig, facts["encoder"], where=name), facts, 0)
 
     def require_fit(self, encoder: Encoder, config: EncoderConfig) -> None:
         """Raise CheckpointError where ``encoder`` (it may be an outline) cannot take these weights."""

@@ -20,6 +20,11 @@ def world() -> int:
     return td.get_world_size() if _started() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def choose_device(asked: str) -> str:
+    """``cuda`` or ``cpu``; ``cuda`` where it is asked for, also on a machine that only plans and has none."""
+    return "cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu"
+
+
 def begin() -> None:
     """Join the processes that a launcher started, each with a GPU of its own, where no engine does it."""
     if "RANK" in os.environ and world() > 1 and not _started():

@@ -2,38 +2,16 @@
 
 import pickle
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from labels import Labels
 
 from finetune.labels import balance
 from vitssl.data.mixing import BLOCK
 from vitssl.data.repeats import RepeatedOrder
 from vitssl.data.sources import Balanced, Joined, open_source
-from vitssl.data.sources.base import one_by_one
 from vitssl.errors import ConfigError, DataError
-
-
-@dataclass
-class Labels:
-    """A source of labels alone."""
-
-    numbers: np.ndarray
-    classes: tuple[str, ...] | None = None
-    name: str = "photos"
-    labels: bool = True
-    ignored: int = 0
-    fingerprint: str = "x"
-    by_chunk: bool = False
-    mean_bytes: int = 1
-    chunks: object = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.num_samples, self.chunks = len(self.numbers), one_by_one(len(self.numbers))
-
-    def label_array(self) -> np.ndarray | None:
-        return self.numbers if self.labels else None
 
 
 def source(*counts: int, **options) -> Labels:

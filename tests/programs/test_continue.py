@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from outcome import WAIT, contents, equal_bits, refused
 from safetensors.torch import load_file
 
@@ -91,19 +90,6 @@ def test_another_run_is_resumed_with_its_weights(pretrain: Callable, waited, exp
         shutil.rmtree(tmp_path / f"other/checkpoints/step_{step:08}")
     run = pretrain(tmp_path / "run", *WAIT, f"init.weights={exported.folder}", f"init.resume={tmp_path}/other").ok()
     assert "from step 3" in run.out and equal_bits(run.tensors(2), load_file(exported.folder / "export/encoder.safetensors"))
-
-
-def test_a_run_of_an_earlier_version_goes_on(pretrain: Callable, exported, tmp_path: Path) -> None:
-    """Where weights to begin with had another key, and the probe keys that it has no more."""
-    shutil.copytree(exported.folder, tmp_path / "run")
-    path = tmp_path / "run/config.yaml"
-    values = yaml.safe_load(path.read_text())
-    values["probe"] |= {"k": 20, "temperature": 0.07}
-    path.write_text(yaml.safe_dump(values | {"weights": None, "init": {"resume": None}}))
-    run = pretrain(tmp_path / "run", "length=22")
-    assert run.ok() and "from step 20" in run.out
-    path.write_text(yaml.safe_dump(values | {"weights": "runs/other"}))
-    refused(pretrain(tmp_path / "run", "length=24"), "of another config (weights: runs/other -> (absent))")
 
 
 def test_weights_for_other_images(pretrain: Callable, exported, tmp_path: Path) -> None:

@@ -1,37 +1,14 @@
 """Few labels: counts, shares and shots are seeded, stratified and nested, by a slow oracle; classes too small are named."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from labels import Labels
 
 from finetune.labels import choose_labelled, take_share
 from vitssl.data.sources import Joined
-from vitssl.data.sources.base import one_by_one
 from vitssl.errors import ConfigError, DataError
-
-
-@dataclass
-class Labels:
-    """A source of labels alone."""
-
-    numbers: list[int]
-    classes: tuple[str, ...] | None = None
-    name: str = "photos"
-    labels: bool = True
-    ignored: int = 0
-    fingerprint: str = "x"
-    by_chunk: bool = False
-    mean_bytes: int = 1
-    chunks: object = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.num_samples, self.chunks = len(self.numbers), one_by_one(len(self.numbers))
-
-    def label_array(self) -> np.ndarray:
-        return np.array(self.numbers, dtype=np.int64)
 
 
 def source(*counts: int, **options) -> Labels:

@@ -186,7 +186,7 @@ def test_a_class_without_images_is_refused(finetune: Callable, tmp_path: Path, p
     assert mapped.losses()[0] == pytest.approx(np.log(2), rel=1e-6) and "never told" not in mapped.out
     path = as_list(tmp_path, ["5", "6", "5", "7"], picture)  # numbers are not names: those between may be somebody else's
     places = (f"data.path={path}", "data.split=null", f"test.path={path}", "test.split=null", "length=1", "batch_size=4")
-    told = "5 of 8 classes have no image to train on (0, 1, 2, ...), so they are never told"
+    told = "5 of 8 classes have no image to train on (0, 1, 2, and 2 more), so they are never told"
     assert told in finetune(tmp_path / "numbers", *places).ok().out
 
 

@@ -126,6 +126,7 @@ def test_refusals(tuned, exported, tmp_path: Path) -> None:
         (str(tuned.folder), str(tmp_path)): (DataError, "holds no image"),
         (str(tuned.folder), f"{tmp_path}/none.jpg"): (DataError, "nothing is there"),
         (str(tuned.folder), str(tmp_path), "--top", "0"): (ConfigError, "at least 1"),
+        (str(tuned.folder), str(tmp_path), "--threshold", "0.2"): (ConfigError, "tells one label of an image; take --top"),
         (str(tuned.folder), str(tmp_path), "--precision", "fp16", "--device", "cpu"): (ConfigError, "fp16 needs a GPU; take"),
         (str(tuned.folder), str(tmp_path), "--jsonl", str(tmp_path)): (ConfigError, "cannot be written .*; name another file"),
         (str(tuned.folder), str(tmp_path), "--jsonl", f"{tmp_path}/rows.jsonl/rows"): (ConfigError, "cannot be written"),

@@ -133,7 +133,7 @@ REFUSED = {
     "no such optimiser": ("optim.name=lion", "optim.name='lion': input should be 'adamw' or 'sgd'"),
     "a momentum of one": ("optim.momentum=1.0", "optim.momentum=1.0: input should be less than 1"),
     "more blocks than there are": ("mode=partial blocks=99", "blocks: is 99, and mode=partial trains the last blocks of"),
-    "a size that patches do not divide": ("test.image_size=18", "test.image_size=18 is not divisible by patches of 4x4; the"),
+    "a size that patches do not divide": ("test.image_size=18", "test.image_size 18x18 is not divisible by patches of 4x4"),
     "another optimiser later": ("optim.name=sgd", "holds a run of another config (optim.name: adamw -> sgd)"),
 }
 

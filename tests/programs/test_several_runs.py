@@ -140,3 +140,5 @@ def test_what_cannot_be(finetune: Callable, lists: Path, write_shard: Callable, 
 def test_a_threshold_is_a_probability(tuned) -> None:
     with pytest.raises(ConfigError, match=r"--threshold 2.0: is a probability, from 0 to 1"):
         predict([str(tuned.folder), "x", "--threshold", "2"])
+    with pytest.raises(ConfigError, match=r"--top: .* tells several labels of an image; take --threshold"):
+        predict([str(tuned.folder), "x", "--top", "2"])

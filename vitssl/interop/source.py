@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vitssl.errors import CheckpointError
+from vitssl.errors import CheckpointError, UserError
 from vitssl.interop.official import Imported, import_official
 
 
@@ -13,6 +13,15 @@ def is_foreign(source: str) -> bool:
         return True
     ours = any((path.parent / name).is_file() for name in ("encoder.json", "classifier.json"))
     return path.suffix == ".safetensors" and path.is_file() and not ours
+
+
+def named_weights(key: str, source: str) -> Imported:
+    """As :func:`import_weights`, for a key of a config, which has no way to say what a file does not."""
+    try:
+        return import_weights(source)
+    except UserError as error:
+        advice = "; make an export of it first:  vitssl import  takes them" if "--" in str(error) else ""
+        raise type(error)(f"{key}={source}: {error}{advice}") from error
 
 
 def import_weights(source: str, *, format: str | None = None, heads: int | None = None) -> Imported:

@@ -109,14 +109,9 @@ def export_timm(
                 )
         usage = f'import timm\n\nmodel = timm.create_model("local-dir:{folder.name}", pretrained=True)'
         rule = rule_of(facts)
-        notes = (
-            ""
-            if rule == "timm"
-            else f"At other image sizes timm carries positions over by its own rule, not by that of {rule}."
-        )
-        write_card(
-            unfinished, facts, library="timm", usage=usage, differs=reached, run=run, notes="" if rule == "timm" else notes
-        )
+        notes = f"At other image sizes timm carries positions over by its own rule, not by that of {rule}."
+        notes = "" if rule == "timm" else notes
+        write_card(unfinished, facts, library="timm", usage=usage, differs=reached, run=run, notes=notes)
     return reached
 
 

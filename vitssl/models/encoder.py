@@ -35,6 +35,7 @@ class EncoderSpec:
     prefix: int  # class token and registers
     channels: int = 3
     class_token: bool = True  # whether the first prefix token is one
+    drops: bool = True  # whether patches can be left out (``keep``)
 
     def refuse_pooling(self, pooling: Pooling) -> None:
         """Raise ConfigError for the class token of an encoder that has none."""
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
         own = {"image_size": size, "patch_size": patch_size, "channels": channels}
         own |= {"registers": registers, "class_token": class_token}
         vit, told = build(name, own, arguments or {}, pos_resample=pos_resample, drop_path=drop_path)
-        _check_size(size, vit.patch, "encoder.image_size")
+        check_size(size, vit.patch, "encoder.image_size")
         spec = EncoderSpec(
             dim=vit.patch_embed.proj.out_channels,
             depth=len(vit.blocks),
@@ -130,6 +131,7 @@ class Encoder(nn.Module):
             prefix=vit.prefix,
             channels=channels,
             class_token=vit.cls_token is not None,
+            drops=vit.drops,
         )
         encoder = cls(vit, spec, architecture=name, arguments=told, positions=positions)
         if weights_init == "mae":
@@ -160,7 +162,7 @@ class Encoder(nn.Module):
             raise ValueError("mask and mask_token belong together: give both or neither")
         if not 0 <= last_blocks <= self.spec.depth:
             raise ValueError(f"last_blocks={last_blocks}, but the encoder has {self.spec.depth} blocks")
-        size = _check_size(tuple(images.shape[-2:]), self.spec.patch, "an image's size")
+        size = check_size(tuple(images.shape[-2:]), self.spec.patch, "an image's size")
         num_patches = size[0] * size[1]
         if keep is not None and (keep.ndim != 2 or len(keep) != len(images)):
             raise ValueError(f"keep must be [{len(images)}, K], not {list(keep.shape)}")
@@ -224,7 +226,7 @@ class Encoder(nn.Module):
         self.vit.pos_embed.requires_grad_(False)
 
 
-def _check_size(size: Grid, patch: Grid, what: str) -> Grid:
+def check_size(size: Grid, patch: Grid, what: str) -> Grid:
     """The grid of patches of a size in pixels. Raises ConfigError where there is none."""
     if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
         fits = [max(1, round(pixels / side)) * side for pixels, side in zip(size, patch)]

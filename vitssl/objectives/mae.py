@@ -61,6 +61,11 @@ class MAE(Objective):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
+        if not spec.drops:
+            raise ConfigError(
+                "objectives.mae leaves patches out, and a Beit's relative positions are laid out for all of them; take a"
+                " VisionTransformer or Eva as encoder.name"
+            )
         self.num_keep = int(spec.num_patches * (1 - config.mask_ratio))
         if self.num_keep < 1:
             raise ConfigError(

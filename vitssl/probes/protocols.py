@@ -133,8 +133,8 @@ def _ridge(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
 
 
 def _logistic(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
-    fit, held = _held_out(train)
     of = "pooled"
+    fit, held = _held_out(train, of)
     found = logistic_accuracies(fit.features[of], fit.labels, held.features[of], held.labels, grid=GRID[::4], steps=200)
     best = GRID[::4][max(range(len(found)), key=found.__getitem__)]
     (value,) = logistic_accuracies(train.features[of], train.labels, test.features[of], test.labels, grid=(best,))
@@ -150,7 +150,7 @@ def _linear(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
     kinds = [kind for kind in protocol.kinds(width) if all(part in train.features for part in kind.split("+"))] or ["pooled"]
     chosen = kinds[0], recipe.rates[0]
     if len(kinds) > 1 or len(recipe.rates) > 1:
-        fit, held, found = *_held_out(train), []
+        fit, held, found = *_held_out(train, *kinds), []
         for kind in kinds:
             heads = train_heads(_shown(fit, kind), fit.labels, recipe, num_classes=_classes(train, test))
             number, accuracy = best_head(heads, _kind(held, kind), held.labels)
@@ -167,7 +167,7 @@ def _linear(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
 
 
 def _attentive(name: str, train: Split, test: Split, seeds: int) -> list[Judged]:
-    (fit, held), classes = _held_out(train), _classes(train, test)
+    (fit, held), classes = _held_out(train, "patches"), _classes(train, test)
 
     def accuracy(on: Split, by: Split, rate: float, seed: int) -> float:
         options = {"num_classes": classes, "lr": rate, "seed": seed, "batch_size": _batch_size(256, len(by.labels))}
@@ -210,8 +210,13 @@ def _batch_size(published: int, num: int) -> int:
     return min(published, max(16, num // 20))
 
 
-def _held_out(train: Split) -> tuple[Split, Split]:
-    """(nine tenths, a tenth) of the training samples, the same every time."""
+def _held_out(train: Split, *kinds: str) -> tuple[Split, Split]:
+    """(nine tenths, a tenth) of the training samples, the same every time, with these ``kinds`` of features alone: a copy of
+    all patch tokens is for those who look at them."""
+    wanted = {part for kind in kinds for part in kind.split("+")}
+    views = ({kind: view[kind] for kind in wanted if kind in view} for view in (train.features, *train.crops))
+    centre, *crops = views
+    train = Split(centre, train.labels, tuple(crops))
     order = draws.permutation(0, _HELD_OUT, len(train.labels)).to(train.labels.device)
     num = max(1, len(order) // 10)
     return train.take(order[num:]), train.take(order[:num])

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from vitssl import draws
+from vitssl import dist, draws
 from vitssl.report import Report
 from vitssl.schedule import Clock
 from vitssl.sections import ProgramConfig
 from vitssl.task import Batch, Task
-from vitssl.train.launch import Engine, choose_device, choose_precision
+from vitssl.train.launch import Engine, choose_precision
 from vitssl.train.planning import batch_split, outline
 
 ROUNDS, STEPS = 3, 3
@@ -36,7 +36,7 @@ def bench_step(
 
     ``build`` and ``plain`` must be importable by name: each side runs in a fresh process.
     """
-    device = choose_device(config.launch)
+    device = dist.choose_device(config.launch.device)
     report.say(f"one step of {config.batch_size} images on {device}, {ROUNDS} x {STEPS} steps a side, alternating")
     rows = []
     auto = config.launch.model_copy(update={"precision": "auto"})
@@ -55,7 +55,7 @@ def bench_step(
 def step_rate(config: ProgramConfig, build: Callable[[ProgramConfig], Task]) -> float:
     """Images/s that one process trains on where data cost nothing: in micro-batches of what fits, on a CPU of at most 16."""
     micro_batch, _ = batch_split(config, outline(lambda: build(config)))
-    size = min(micro_batch, 16) if choose_device(config.launch) == "cpu" else micro_batch
+    size = min(micro_batch, 16) if dist.choose_device(config.launch.device) == "cpu" else micro_batch
     found = _alone(_measure, config.model_copy(update={"batch_size": size, "micro_batch": size}), build, None)
     return size / statistics.median(found["seconds"])
 
@@ -87,7 +87,7 @@ def _measure(
     step = _plain_step(plain(task), task, config) if plain else _our_step(task, config, build)
     step(0)
     step(1)  # the first step allocates the optimiser's state
-    on_gpu = choose_device(config.launch) == "cuda"
+    on_gpu = dist.choose_device(config.launch.device) == "cuda"
     seconds = []
     for number in range(2, 2 + STEPS):
         if on_gpu:
@@ -129,7 +129,7 @@ def _our_step(task: Task, config: ProgramConfig, build: Callable[[ProgramConfig]
 
 
 def _plain_step(model: torch.nn.Module, task: Task, config: ProgramConfig) -> Callable[[int], None]:
-    device = choose_device(config.launch)
+    device = dist.choose_device(config.launch.device)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=config.optim.betas, weight_decay=config.optim.weight_decay)
     micro_batch, accumulation = batch_split(config, outline(lambda: task))

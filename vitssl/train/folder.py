@@ -69,12 +69,7 @@ def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> N
 
 
 def _with_defaults(values: dict[str, Any], config: ProgramConfig) -> dict[str, Any]:
-    """Recorded values with the keys that came with a later version: their defaults are what the earlier one did.
-
-    Sections that may change are left to their defaults, and a key that is gone and had no value is none that was used.
-    """
-    known = type(config).model_fields
-    values = {name: value for name, value in values.items() if name not in CHANGEABLE and (name in known or value is not None)}
+    """Recorded values with the keys that came with a later version: their defaults are what the earlier one did."""
     try:
         return build(type(config), values, where="config.yaml").model_dump(mode="json")
     except ConfigError:  # a key that is gone, or has other values now: then the difference is shown

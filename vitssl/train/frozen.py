@@ -26,6 +26,7 @@ from vitssl.data.loader import evaluation_batches
 from vitssl.data.sources import Source, stamp
 from vitssl.errors import CheckpointError, DataError
 from vitssl.models.encoder import Encoder
+from vitssl.models.state import digest_of
 from vitssl.sections import DataConfig
 from vitssl.task import Batch
 from vitssl.train.layers import Feature
@@ -87,10 +88,10 @@ def frozen_features(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({kind: memory-mapped [N, ...]}, rows [M] of the images that could be used), extracted as far as they are not there.
 
-    ``tell`` gets a line of what is done; ``weights`` is the encoder's :func:`weights_hash` where it is known. Raises DataError
+    ``tell`` gets a line of what is done; ``weights`` is the encoder's digest where it is known. Raises DataError
     where no image can be used, CheckpointError where the encoder's numbers are none.
     """
-    place = folder / _key(weights or weights_hash(encoder), encoder, source, config, how)
+    place = folder / _key(weights or digest_of(encoder.state()), encoder, source, config, how)
     features = {kind: Feature(kind) for kind in kinds}
     files = {kind: _file(place, each, encoder, source.num_samples) for kind, each in features.items()}
     flags = {kind: _flags(place, kind, source.num_samples) for kind in kinds}
@@ -108,14 +109,6 @@ def frozen_features(
     if not used.any():
         raise DataError(f"{source.name}: none of {source.num_samples:,} images can be used; look at them with vitssl check")
     return files, np.flatnonzero(used)
-
-
-def weights_hash(encoder: Encoder) -> str:
-    """Of an encoder's weights and their names, whatever file they came from."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(encoder.state().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, LoggerType, ProjectConfiguration
 from torch import Tensor
 
-from vitssl import draws
+from vitssl import dist, draws
 from vitssl.errors import ConfigError
 from vitssl.models.adapters.timm_vit import fuse_attention
 from vitssl.schedule import Clock
@@ -32,11 +32,6 @@ from vitssl.views import purpose
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
-
-
-def choose_device(config: LaunchConfig) -> str:
-    """``cuda`` or ``cpu``; ``cuda`` where it is asked for, also on a machine that only plans and has none."""
-    return "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
 
 
 def choose_precision(config: LaunchConfig, device: str) -> str:
@@ -85,7 +80,7 @@ class Engine:
         folder: Path,
     ) -> None:
         self.config, self.accumulation, self.clip = config, accumulation, clip
-        device = choose_device(config)
+        device = dist.choose_device(config.device)
         self.precision = choose_precision(config, device)
         _refuse_conflicts(config, device, self.precision)
         zero = config.engine.startswith("zero")

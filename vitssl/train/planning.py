@@ -16,7 +16,7 @@ from vitssl.models.twin import Twin
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
 from vitssl.task import Task
-from vitssl.train.launch import choose_device, choose_precision, fuses_attention
+from vitssl.train.launch import choose_precision, fuses_attention
 from vitssl.train.optim import MOMENTS, group_parameters
 
 CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -34,14 +34,14 @@ def activations(stacks: Sequence[Stack], config: ProgramConfig, precision: str) 
     return activation_memory(
         stacks,
         width=4 if precision == "fp32" else 2,
-        fused=fuses_attention(choose_device(config.launch), precision),
+        fused=fuses_attention(dist.choose_device(config.launch.device), precision),
         checkpointing=config.launch.checkpointing,
     )
 
 
 def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:
     """(micro-batch, accumulation) for this machine; ``task`` may be an outline. Raises ConfigError with the arithmetic."""
-    device = choose_device(config.launch)
+    device = dist.choose_device(config.launch.device)
     each = activations(task.stacks(), config, choose_precision(config.launch, device))
     free = USABLE * _device_memory(device) - sum(_state_memory(config, task).values())
     fits = max(1, int(min(config.batch_size, free / max(1, each))))
@@ -61,7 +61,7 @@ def make_plan(
 
     Raises ConfigError where the config cannot be run.
     """
-    device = choose_device(config.launch)
+    device = dist.choose_device(config.launch.device)
     precision = choose_precision(config.launch, device)
     micro_batch, accumulation = batch_split(config, task)
     samples = source.num_samples

@@ -22,7 +22,7 @@ from vitssl.data.sources.shards import ShardSource
 from vitssl.data.sources.subset import Renumbered, Subset, label_like, take_labelled
 from vitssl.data.stores import USUAL, Access, is_url, parted, shown
 from vitssl.data.tarscan import PICTURES
-from vitssl.errors import ConfigError, DataError
+from vitssl.errors import ConfigError, DataError, first_of
 
 __all__ = [
     "Balanced",
@@ -145,6 +145,6 @@ def _split(path: str | list[str], split: str, kind: Kind, access: Access) -> str
     for form in forms:
         if shards := [name for name in names if is_shard(name, form) and name.startswith(f"{split}-")]:
             return [os.path.join(path, name) for name in shards]
-    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+    found = first_of(names, 5) or "nothing"
     wanted = " or ".join(f"{split}-*{form.suffixes[0]}" for form in forms)
     raise DataError(f"{path}: has no folder {split!r} and no shards {wanted} (it holds {found}); correct it")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vitssl.errors import DataError
+from vitssl.errors import DataError, first_of
 
 _IMAGES = ("image", "img", "jpg", "png", "webp")  # which of several columns of bytes is meant
 _LABELS = ("label", "labels", "cls")
@@ -37,7 +37,7 @@ def find_columns(schema: pa.Schema, *, where: str) -> Columns:
         named = [name for name in images if name.lower() in _IMAGES]
         images = named if len(images) > 1 and named else images
     if not images:
-        found = ", ".join(schema.names[:8]) + (", ..." if len(schema.names) > 8 else "") or "none"
+        found = first_of(schema.names, 8) or "none"
         raise DataError(f"{where}: no column holds images as bytes (columns: {found}); write them into a column 'image'")
     if len(images) > 1:
         raise DataError(f"{where}: {len(images)} columns hold images ({', '.join(images)}); keep one of them")

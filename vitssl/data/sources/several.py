@@ -12,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint, refuse_stray
-from vitssl.errors import DataError
-
-SHOWN = 3  # classes that a message names
+from vitssl.errors import DataError, first_of
 
 
 class LabelSets(NamedTuple):
@@ -80,8 +78,9 @@ def several_like(source: Several, model: Several) -> Several:
     place = {name: number for number, name in enumerate(model.classes)}
     unknown = [source.classes[label] for label in np.flatnonzero(source.counts()) if source.classes[label] not in place]
     if unknown:
-        names = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
-        raise DataError(f"{source.name}: {len(unknown)} classes are not among those of {model.name}: {names}; correct one")
+        raise DataError(
+            f"{source.name}: {len(unknown)} classes are not among those of {model.name}: {first_of(unknown)}; correct one"
+        )
     return renumbered(source, [place.get(name, -1) for name in source.classes], model.classes)
 
 

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitssl import draws
 from vitssl.data.sources.base import Ahead, Raw, Source, fingerprint, one_by_one
-from vitssl.errors import DataError
+from vitssl.errors import DataError, first_of
 from vitssl.views import purpose
 
 
@@ -68,8 +68,9 @@ def label_like(source: Source, model: Source) -> Source:
     if source.classes and model.classes:
         unknown = [source.classes[label] for label in np.unique(labels) if source.classes[label] not in model.classes]
         if unknown:
-            names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-            raise DataError(f"{source.name}: {len(unknown)} classes are not among those of {model.name}: {names}; correct one")
+            raise DataError(
+                f"{source.name}: {len(unknown)} classes are not among those of {model.name}: {first_of(unknown)}; correct one"
+            )
         if source.classes == model.classes:
             return source
         numbers = [model.classes.index(name) if name in model.classes else -1 for name in source.classes]

@@ -28,6 +28,7 @@ class TimmBeit(TimmViT):
         **{key: TimmViT.names[key] for key in ("image_size", "patch_size", "channels", "drop_path")},
         "fc_norm": "use_fc_norm",
     }
+    drops: ClassVar[bool] = False
     always: ClassVar[Mapping[str, Any]] = {"registers": 0, "class_token": True}
 
     def __init__(self, model: Beit, *, pos_resample: ResampleRule) -> None:

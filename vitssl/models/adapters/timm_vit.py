@@ -79,6 +79,7 @@ class TimmViT(nn.Module):
         "final_norm": "final_norm",
     }
     always: ClassVar[Mapping[str, Any]] = {}  # keys that have no argument because there is no choice
+    drops: ClassVar[bool] = True  # whether patches can be left out
     fixed: ClassVar[Mapping[str, Any]] = {}  # timm's arguments that the encoder needs
 
     def __init__(self, model: nn.Module, *, pos_resample: ResampleRule) -> None:
