@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from finetune.watch import WEAKEST, Evaluation, write_csv
-from vitssl.losses import binary_cross_entropy
+from vitssl.losses.classes import binary_cross_entropy
 from vitssl.probes.several import average_precision, count_answers, micro_f1
 from vitssl.train.predictions import SetPredictions, predict_sets
 

@@ -9,8 +9,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from vitssl.command import Command, help_text, parse
 from vitssl.config import Count, Every, Section, Time, load
 from vitssl.report import show
-from vitssl.schedule import Duration
-from vitssl.sections import DataConfig, EncoderConfig, InitConfig, Positive, ProgramConfig, Share, SourceConfig
+from vitssl.schedule import Duration, Schedule
+from vitssl.sections import DataConfig, EncoderConfig, Fraction, InitConfig, Positive, ProgramConfig, Share, SourceConfig
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "pretrain" / "demo.yaml"
 FLAGS = {
@@ -72,12 +72,25 @@ class ProbeConfig(Section):
     seeds: Count = Field(3, description="of what is drawn: few shots, the order of batches, first weights")
 
 
+class TeacherConfig(Section):
+    """The run's one teacher, an average of the encoder that methods of self-distillation and MoCo v3 look at."""
+
+    momentum: Fraction | None = Field(None, description="of the average at the beginning; null: as the method's paper has it")
+    final: Fraction = Field(1.0, description="momentum at the end of the run")
+    shape: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the way between the two")
+
+    @property
+    def schedule(self) -> Schedule | None:
+        return None if self.momentum is None else Schedule(self.momentum, final=self.final, shape=self.shape)
+
+
 class PretrainConfig(ProgramConfig):
     """Everything ``python -m pretrain`` can be told."""
 
     data: TrainingConfig = Field(TrainingConfig(), description="what is trained on")
     encoder: EncoderConfig = EncoderConfig()
     objectives: dict[str, dict[str, Any]] = Field({"mae": {}}, description="methods by name, each with its own settings")
+    teacher: TeacherConfig = TeacherConfig()
     pooling: Literal["mean", "class"] = Field("mean", description="of the tokens, for probes and in encoder.json")
     heldout: HeldoutConfig = HeldoutConfig()
     probe: ProbeConfig = ProbeConfig()

@@ -47,6 +47,7 @@ def run(config: PretrainConfig, command: Command) -> int:
     def fill(task: Mixture) -> None:
         if start is not None:
             said.extend(start.fill(task.encoder, config))
+            task.restart()
 
     if command.flags.get("--bench") == "data":
         source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
@@ -76,7 +77,7 @@ def build_task(config: PretrainConfig) -> Mixture:
     encoder = Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"}))
     encoder.spec.refuse_pooling(config.pooling)
     parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}
-    return Mixture(encoder, parts, mean=config.data.mean, std=config.data.std)
+    return Mixture(encoder, parts, momentum=config.teacher.schedule, mean=config.data.mean, std=config.data.std)
 
 
 def plain_mae(task: Mixture) -> PlainMAE:
@@ -89,7 +90,7 @@ def plain_mae(task: Mixture) -> PlainMAE:
 
 def export(session: Session) -> None:
     """Write the encoder, and beside it what it is, for timm and for fine-tuning."""
-    config, plan, encoder = session.config, session.plan, session.engine.task.encoder
+    config, plan, encoder = session.config, session.plan, session.engine.task.judged
     if session.engine.main:
         facts = encoder_facts(
             encoder,

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -39,6 +40,29 @@ def sum_over_processes(values: Tensor) -> Tensor:
         values = values.clone()
         td.all_reduce(values)
     return values
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on each of them, with gradient.
+
+    A run's loss is the mean of its processes' losses and DDP averages their gradients, so a collective in a loss passes back
+    the *sum* of what all processes make of its result. Then N processes have the gradient of one with the joined batch, for
+    a loss that each computes whole (from totals) as for one that each computes of its own rows (against all rows).
+    """
+    return _Total.apply(values) if _started() and world() > 1 else values
+
+
+def all_rows(rows: Tensor) -> Tensor:
+    """[B_p, ...] of every process -> [world x B_p, ...] in the order of the batch, with gradient (see :func:`total`).
+
+    Row r of a batch is with process r % world, so the result does not depend on how many processes there are.
+    """
+    return _AllRows.apply(rows) if _started() and world() > 1 else rows
+
+
+def own_rows(num: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """[num] int64: where the ``num`` rows of this process stand in what :func:`all_rows` makes of them."""
+    return torch.arange(num, device=device) * world() + rank() if _started() else torch.arange(num, device=device)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -99,6 +123,35 @@ def barrier() -> None:
     """Wait for every process."""
     if _started() and world() > 1:
         td.barrier()
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(gradient)
+        return gradient
+
+
+class _AllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        td.all_gather(parts, rows)
+        return torch.stack(parts, dim=1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(gradient)
+        return gradient[rank() :: world()]
 
 
 def _started() -> bool:

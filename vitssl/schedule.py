@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
 
@@ -68,6 +68,10 @@ class Schedule:
     warmup: int = 0
     total: int = 1
     shape: Literal["cosine", "linear", "constant"] = "cosine"
+
+    def over(self, total: int) -> "Schedule":
+        """The same values along a run of ``total`` steps."""
+        return replace(self, total=total)
 
     def at(self, step: float) -> float:
         """The value at (fractional) optimiser step ``step``."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from vitssl.views import View
 
 Draw = Callable[[str, int], Tensor]
 """``draw(name, num) -> [B, num]`` uniform in [0, 1): the random numbers of this batch's samples, whoever holds them."""
+
+
+Embeddings = dict[str, Tensor]
+"""What a loss compares, by name, each [rows, ...]."""
+
+Phase = Literal["embed", "compare", "carry"]
 
 
 class Bad(NamedTuple):
@@ -89,11 +95,24 @@ class Task(nn.Module):
 
     couples_samples: bool = False  # whether the loss compares samples, so that the batch that meets in it matters
 
-    def forward(self, batch: Batch, clock: Clock, *, features: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self,
+        batch: Batch | None,
+        clock: Clock,
+        *,
+        features: str | None = None,
+        phase: Phase | None = None,
+        given: Embeddings | None = None,
+    ) -> tuple[Tensor | Embeddings, dict[str, Tensor]]:
         """(scalar loss, detached scalar metrics), each the mean over the batch's samples.
 
         With ``features`` (a pooling): ([B, D] frozen features, {}) of the batch's only view, which is how probes look through
-        the wrapper.
+        the wrapper. A task that couples samples is accumulated in phases, each of them a forward of its own:
+
+        * ``embed``, without gradient, of each micro-batch: (embeddings, {});
+        * ``compare`` of all of them joined (``given``, leaves; ``batch`` None): (loss of the coupled part, its metrics);
+        * ``carry`` of each micro-batch again, with the gradients of its embeddings (``given``): (loss of the uncoupled part
+          / micro-batches + the sum of embeddings x gradients, its metrics), under the same random numbers.
         """
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitssl.inspect.pictures import GAP, SHOWN, save_sheet, sheet
-from vitssl.losses import normalize_patches, patchify
+from vitssl.losses.pixels import normalize_patches, patchify
 from vitssl.models.encoder import Encoder
 from vitssl.objectives import create
 from vitssl.objectives.mixture import Mixture

@@ -12,7 +12,7 @@ from vitssl.cli import main
 from vitssl.errors import CheckpointError
 from vitssl.interop.ours import create
 from vitssl.interop.parity import exactly
-from vitssl.losses import masked_mse, normalize_patches, patchify
+from vitssl.losses.pixels import masked_mse, normalize_patches, patchify
 from vitssl.models.encoder import Encoder
 from vitssl.objectives.mae import MAE
 from vitssl.sections import EncoderConfig

@@ -8,7 +8,7 @@ from test_classify import CLASSES, batch, clock, task
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 
-from vitssl.losses import binary_cross_entropy
+from vitssl.losses.classes import binary_cross_entropy
 from vitssl.task import Batch
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data import Mixup
 
-from vitssl.losses import distillation
+from vitssl.losses.classes import distillation
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead, DistilledHead, head_like
 from vitssl.models.teacher import Teacher

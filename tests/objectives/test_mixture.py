@@ -12,7 +12,7 @@ from vitssl.models.encoder import Encoder
 from vitssl.objectives import TABLE, create, find, names
 from vitssl.objectives.base import Objective
 from vitssl.objectives.mixture import Mixture
-from vitssl.schedule import Clock
+from vitssl.schedule import Clock, Schedule
 from vitssl.task import Batch, Rule
 from vitssl.views import View
 
@@ -43,7 +43,11 @@ class RuledProbe(Probe):
 
 
 class TaughtProbe(Probe):
-    needs_teacher = True
+    momentum = Schedule(0.9, final=1.0)
+
+
+class OtherTaughtProbe(Probe):
+    momentum = Schedule(0.99, final=1.0)
 
 
 def encoder() -> Encoder:
@@ -51,8 +55,8 @@ def encoder() -> Encoder:
     return Encoder.create("vit_tiny_patch16_224", image_size=16, patch_size=8, arguments=arguments)
 
 
-def mixture(**objectives: Objective) -> Mixture:
-    return Mixture(encoder(), objectives, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+def mixture(momentum: Schedule | None = None, **objectives: Objective) -> Mixture:
+    return Mixture(encoder(), objectives, momentum=momentum, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 def probe(kind: type[Probe] = Probe, *, weight: float = 1.0, view: View = VIEW) -> Probe:
@@ -120,7 +124,11 @@ def test_statistics_are_not_part_of_the_state():
     "make, message",
     [
         (lambda: mixture(), "needs at least one"),
-        (lambda: mixture(a=probe(TaughtProbe)), "objectives.a needs a teacher"),
+        (
+            lambda: mixture(a=probe(TaughtProbe), b=probe(OtherTaughtProbe)),
+            r"one teacher serves the run.*objectives.a 0.9 to 1, objectives.b 0.99 to 1\); set teacher.momentum",
+        ),
+        (lambda: mixture(Schedule(0.9), a=probe()), "teacher: none of a looks at one; leave it out"),
         (lambda: Mixture(encoder(), {"a": probe()}, mean=(0.5,), std=(0.5,)), "1 and data.std 1 values for encoder.channels=3"),
         (lambda: find("mea"), "objectives.mea: no such objective; did you mean mae"),
         (lambda: create("qqq", {}, encoder().spec), "known are mae"),
@@ -139,3 +147,18 @@ def test_the_table_holds_objectives_with_working_defaults(name: str):
     assert TABLE[name].startswith("vitssl.objectives.")
     objective = create(name, {}, encoder().spec)
     assert all(isinstance(view, View) for view in objective.views().values())
+
+
+def test_one_teacher_serves_the_run_and_follows_its_schedule():
+    task = mixture(Schedule(0.5, final=1.0), a=probe(TaughtProbe), b=probe(OtherTaughtProbe))
+    assert task.judged is task.encoder
+    with torch.no_grad():
+        before = {name: value.clone() for name, value in task.encoder.named_parameters()}
+        for parameter in task.encoder.parameters():
+            parameter += 1.0
+    task.after_step(Clock(step=5, total=10, samples=0, seed=0))
+    for name, value in task.teacher.average.named_parameters():
+        torch.testing.assert_close(value, before[name] + 0.25)  # momentum 0.75 half way
+    task.restart()
+    assert all(torch.equal(value, dict(task.encoder.named_parameters())[name]) for name, value in
+               task.teacher.average.named_parameters())  # fmt: skip

@@ -13,7 +13,7 @@ from vitssl.data.feed import training_samples
 from vitssl.data.loader import batches
 from vitssl.data.order import Layout
 from vitssl.data.sources import open_source
-from vitssl.masks import random_keep
+from vitssl.masks.random import random_keep
 from vitssl.sections import DataConfig
 from vitssl.views import View, purpose
 

@@ -131,7 +131,8 @@ def test_every_number_of_a_plan(small_mae: Callable):
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     frozen = task.encoder.vit.pos_embed.numel()
     assert (plan.steps, plan.epochs, plan.samples, plan.ignored) == (312, 9.984, 1000, 4)
-    assert (plan.batch_size, plan.processes, plan.micro_batch, plan.accumulation, plan.loss_batch) == (32, 1, 8, 4, 8)
+    assert (plan.batch_size, plan.processes, plan.micro_batch, plan.accumulation, plan.loss_batch) == (32, 1, 8, 4, 32)
+    assert any("goes forward twice" in cost for cost in plan.costs)
     assert (plan.lr, plan.lr_rule, plan.warmup_steps) == (1.25e-4, "0.001 x 32 / 256", 31)
     assert (plan.engine, plan.precision, plan.device, plan.workers) == ("zero1", "fp32", "cpu", 2)
     assert [layout[0] for layout in plan.layouts] == [3]

@@ -4,7 +4,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vitssl.losses import masked_mse, normalize_patches, patchify
+from vitssl.losses.pixels import masked_mse, normalize_patches, patchify
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.positions import sincos_2d
 

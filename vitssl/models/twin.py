@@ -5,33 +5,44 @@ under every precision, because at a momentum of 0.9996 one in bf16 no longer mov
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 
 
 class Twin(nn.Module):
-    """``average``: a copy of ``student`` without gradient and always in evaluation mode, which follows it.
+    """``average``: a copy of ``student`` without gradient, always in evaluation mode, which follows it.
 
-    The average is part of the state (``average.*``), so of every checkpoint; the student is not: its owner holds it.
+    With ``trains`` it is in training mode when its owner is, and its buffers are its own: MoCo v3's keys go through BatchNorms
+    that see their own batches. The average is part of the state (``average.*``), so of every checkpoint; the student is not:
+    its owner holds it.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, *, trains: bool = False) -> None:
         super().__init__()
-        self.average = copy.deepcopy(student).float().requires_grad_(False).eval()
+        self.average = copy.deepcopy(student).to(dtype=_wide(student)).requires_grad_(False).train(trains)
+        self.trains = trains
         self._student = (student,)  # a tuple hides it from torch, which would count and save it twice
 
     def train(self, mode: bool = True) -> "Twin":
-        """An average has no dropout and no drop path, whatever its owner does."""
-        return super().train(False)
+        """An average has no dropout and no drop path, whatever its owner does, unless it ``trains``."""
+        return super().train(mode and self.trains)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The average's answer, without gradient."""
+        with torch.no_grad():
+            return self.average(*inputs, **options)
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """average <- momentum x average + (1 - momentum) x student, after a step. Buffers are copied."""
         (student,) = self._student
-        averages, news = list(self.average.parameters()), [parameter.float() for parameter in student.parameters()]
+        averages = list(self.average.parameters())
+        news = [parameter.to(own.dtype) for own, parameter in zip(averages, student.parameters(), strict=True)]
         torch._foreach_lerp_(averages, news, 1 - momentum)
-        self._copy_buffers()
+        if not self.trains:
+            self._copy_buffers()
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -45,3 +56,9 @@ class Twin(nn.Module):
         (student,) = self._student
         for own, new in zip(self.average.buffers(), student.buffers(), strict=True):
             own.copy_(new)
+
+
+def _wide(module: nn.Module) -> torch.dtype:
+    """fp32, or what is wider."""
+    kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    return torch.float64 if torch.float64 in kinds else torch.float32

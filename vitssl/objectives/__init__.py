@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TABLE = {
     "mae": "vitssl.objectives.mae:MAE",
+    "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
+    "simclr": "vitssl.objectives.simclr:SimCLR",
 }
 """name -> module:class"""
 

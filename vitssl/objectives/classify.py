@@ -14,7 +14,7 @@ from vitssl.data.augment import Normalize
 from vitssl.dist import rank
 from vitssl.draws import fold
 from vitssl.errors import ConfigError, DataError
-from vitssl.losses import binary_cross_entropy
+from vitssl.losses.classes import binary_cross_entropy
 from vitssl.models.encoder import Encoder, Pooling
 from vitssl.models.heads import ClassificationHead
 from vitssl.models.twin import Twin

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitssl.losses import distillation
+from vitssl.losses.classes import distillation
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead, DistilledHead
 from vitssl.models.teacher import Teacher

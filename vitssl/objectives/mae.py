@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vitssl.config import Count, Section
 from vitssl.errors import ConfigError
-from vitssl.losses import masked_mse, normalize_patches, patchify, unpatchify
-from vitssl.masks import random_keep
+from vitssl.losses.pixels import masked_mse, normalize_patches, patchify, unpatchify
+from vitssl.masks.random import random_keep
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective

@@ -1,46 +1,48 @@
 """A run: a weighted mixture of objectives over one encoder. A single method is a mixture of one."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from vitssl import dist
 from vitssl.data.augment import Normalize, seen
 from vitssl.draws import uniform
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder, Pooling
+from vitssl.models.twin import Twin
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
-from vitssl.schedule import Clock
-from vitssl.task import Batch, Draw, Rule, Task, decay_rules
+from vitssl.schedule import Clock, Schedule
+from vitssl.task import Batch, Draw, Embeddings, Phase, Rule, Task, decay_rules
 from vitssl.views import View, purpose
 
 
 class Mixture(Task):
     """The pretraining task: encoder, objectives by name, and a teacher where one is needed.
 
-    ``mean`` and ``std``: per channel, in units of [0, 1]. Raises ConfigError for a teacher that is needed and not given, or
-    statistics that do not fit the encoder's channels.
+    ``momentum``: of the teacher along the run; by default what the objectives that need one say. ``mean`` and ``std``: per
+    channel, in units of [0, 1]. Raises ConfigError where objectives disagree about their teacher, for a momentum that
+    nobody needs, or statistics that do not fit the encoder's channels.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         objectives: Mapping[str, Objective],
-        teacher: Encoder | None = None,
         *,
+        momentum: Schedule | None = None,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
         super().__init__()
         if not objectives:
             raise ConfigError("objectives: a run needs at least one, as in objectives.mae={}")
-        if teacher is None and (asking := [name for name, objective in objectives.items() if objective.needs_teacher]):
-            raise ConfigError(f"objectives.{asking[0]} needs a teacher and this run keeps none")
         self.couples_samples = any(objective.couples_samples for objective in objectives.values())
         self.encoder = encoder
-        self.teacher = teacher
+        self.momentum = _momentum(objectives, momentum)
+        self.teacher = None if self.momentum is None else Twin(encoder)
         self.objectives = nn.ModuleDict(objectives)
         if (channels := encoder.spec.channels) != 3 and any(view.photometric.changes for view in self.views):
             raise ConfigError(f"photometric: changes the colours of 3 channels, and encoder.channels={channels}; leave it out")
@@ -51,19 +53,93 @@ class Mixture(Task):
         """What the data engine must deliver: the union of what the objectives ask for."""
         return {view for objective in self.objectives.values() for view in objective.views().values()}
 
-    def forward(self, batch: Batch, clock: Clock, *, features: Pooling | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def judged(self) -> Encoder:
+        """The encoder that is probed and exported: the teacher's where a method publishes that."""
+        teachers = any(objective.judges_teacher for objective in self.objectives.values())
+        return self.teacher.average if teachers else self.encoder
+
+    def forward(
+        self,
+        batch: Batch | None,
+        clock: Clock,
+        *,
+        features: Pooling | None = None,
+        phase: Phase | None = None,
+        given: Embeddings | None = None,
+    ) -> tuple[Tensor | Embeddings, dict[str, Tensor]]:
         """(sum of weight x loss, metrics called ``<objective>/<metric>``). Equal views are normalised once and shared."""
         if features:
-            return self.encoder(self._only_view(batch)).pool(features), {}
-        images = {view: seen(batch, view, self.normalize, seed=clock.seed) for view in self.views}
-        nets = Nets(student=self.encoder, teacher=self.teacher)
-        total, metrics = torch.zeros((), device=batch.positions.device), {}
-        for name, objective in self.objectives.items():
-            views = {role: images[view] for role, view in objective.views().items()}
+            return self.judged(self._only_view(batch)).pool(features), {}
+        if phase is not None:
+            return getattr(self, f"_{phase}")(batch, clock, given)
+        nets, total, metrics = self._nets, torch.zeros((), device=batch.positions.device), {}
+        for name, objective, views in self._shown(batch, clock):
             loss, own = objective(nets, views, clock, self.draw(name, batch, clock))
             total = total + objective.config.weight * loss
             metrics |= {f"{name}/{metric}": value for metric, value in own.items()}
         return total, metrics
+
+    def after_step(self, clock: Clock) -> None:
+        momentum = 1.0 if self.momentum is None else self.momentum.over(clock.total).at(clock.step)
+        if self.teacher is not None:
+            self.teacher.update(momentum)
+        for objective in self.objectives.values():
+            objective.after_step(clock, momentum)
+
+    def restart(self) -> None:
+        """Every average begins where its student stands, once that has been given the weights it starts from."""
+        for part in self.modules():
+            if isinstance(part, Twin):
+                part.restart()
+
+    def _embed(self, batch: Batch, clock: Clock, given: None) -> tuple[Embeddings, Embeddings]:
+        embeddings, targets = {}, {}
+        for name, objective, views in self._shown(batch, clock, coupled=True):
+            draw = self.draw(name, batch, clock)
+            embeddings |= {f"{name}/{key}": rows for key, rows in objective.embed(self._nets, views, draw).items()}
+            targets |= {f"{name}/{key}": rows for key, rows in objective.targets(self._nets, views, draw).items()}
+        assert not embeddings.keys() & targets.keys(), "an embedding and a target of one name"
+        return embeddings, targets
+
+    def _compare(self, batch: None, clock: Clock, given: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        total, metrics = 0.0, {}
+        for name, objective in self.objectives.items():
+            if objective.couples_samples:
+                own = {key.removeprefix(f"{name}/"): rows for key, rows in given.items() if key.startswith(f"{name}/")}
+                loss, found = objective.compare(own, own, clock)
+                total = total + objective.config.weight * loss
+                metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+        return total, metrics
+
+    def _carry(self, batch: Batch, clock: Clock, given: Embeddings) -> tuple[Tensor, dict[str, Tensor]]:
+        total, metrics, carried = torch.zeros((), device=batch.positions.device), {}, 0.0
+        for name, objective, views in self._shown(batch, clock):
+            draw = self.draw(name, batch, clock)
+            if objective.couples_samples:
+                embeddings = objective.embed(self._nets, views, draw)
+                carried = carried + sum((rows * given[f"{name}/{key}"]).sum() for key, rows in embeddings.items())
+                if dist.world() > 1:  # DDP waits for every parameter, and those of ``compare`` have had their gradient
+                    carried = carried + 0.0 * sum(p.sum() for p in objective.parameters() if p.requires_grad)
+            else:
+                loss, own = objective(self._nets, views, clock, draw)
+                total = total + objective.config.weight * loss
+                metrics |= {f"{name}/{metric}": value for metric, value in own.items()}
+        return total + carried, metrics | {"loss": total.detach()}
+
+    @property
+    def _nets(self) -> Nets:
+        return Nets(student=self.encoder, teacher=self.teacher)
+
+    def _shown(
+        self, batch: Batch, clock: Clock, *, coupled: bool = False
+    ) -> Iterator[tuple[str, Objective, dict[str, Tensor]]]:
+        """(name, objective, its views of the batch) of all objectives, or of the coupled ones."""
+        parts = {name: each for name, each in self.objectives.items() if each.couples_samples or not coupled}
+        asked = {view for objective in parts.values() for view in objective.views().values()}
+        images = {view: seen(batch, view, self.normalize, seed=clock.seed) for view in asked}
+        for name, objective in parts.items():
+            yield name, objective, {role: images[view] for role, view in objective.views().items()}
 
     def pictures(self, batch: Batch, clock: Clock) -> Tensor | None:
         """[B, columns, C, H, W] in [0, 1]: what the first objective that can reconstruct makes of the batch, else None."""
@@ -71,7 +147,7 @@ class Mixture(Task):
             if hasattr(objective, "reconstruct"):
                 images = seen(batch, objective.views()["image"], self.normalize, seed=clock.seed)
                 with torch.no_grad():
-                    columns = objective.reconstruct(Nets(self.encoder, self.teacher), images, self.draw(name, batch, clock))
+                    columns = objective.reconstruct(self._nets, images, self.draw(name, batch, clock))
                 return self.normalize.restore(torch.stack(columns, dim=1))
         return None
 
@@ -97,3 +173,14 @@ class Mixture(Task):
                  rule.lr_scale, rule.weight_decay, rule.vectors)
             for name in taken for rule in own[name]
         ]  # fmt: skip
+
+
+def _momentum(objectives: Mapping[str, Objective], asked: Schedule | None) -> Schedule | None:
+    """That of the run's one teacher: what was asked for, else what all objectives that need one agree on."""
+    wanted = {name: each.momentum for name, each in objectives.items() if each.momentum is not None}
+    if asked is not None and not wanted:
+        raise ConfigError(f"teacher: none of {', '.join(objectives)} looks at one; leave it out")
+    if asked is None and len(set(wanted.values())) > 1:
+        said = ", ".join(f"objectives.{name} {each.peak:g} to {each.final:g}" for name, each in wanted.items())
+        raise ConfigError(f"one teacher serves the run, and its momentum is not agreed on ({said}); set teacher.momentum")
+    return asked or next(iter(wanted.values()), None)

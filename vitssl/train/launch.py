@@ -143,13 +143,18 @@ class Engine:
         with quiet:
             yield
 
-    def forward(self, batch: Batch, clock: Clock, *, features: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch | None, clock: Clock, **options: Any) -> tuple[Any, dict[str, Tensor]]:
         """The task's own forward, through the wrapper and its autocast."""
-        return self.wrapped(batch.to(self.device), clock, features=features)
+        return self.wrapped(None if batch is None else batch.to(self.device), clock, **options)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of loss / accumulation; under DeepSpeed the last micro-batch also steps."""
         self.accelerator.backward(loss)
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies losses by before the backward pass."""
+        return 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
 
     def step(self, *, want_norm: bool) -> Tensor | float | None:
         """Clip, move the parameters, clear the gradients. Returns the global gradient norm before clipping if known."""
@@ -168,9 +173,9 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def seed_step(self, clock: Clock) -> None:
-        """Seed dropout, drop path and mixup by (seed, step, process): exact on resume."""
-        torch.manual_seed(draws.fold(clock.seed, purpose("step"), clock.step, self.accelerator.process_index))
+    def seed_step(self, clock: Clock, *parts: int) -> None:
+        """Seed dropout, drop path and mixup by (seed, step, process) and ``parts``: exact on resume, and to be repeated."""
+        torch.manual_seed(draws.fold(clock.seed, purpose("step"), clock.step, self.accelerator.process_index, *parts))
 
     def trackers(self, settings: dict[str, Any], *, step: int) -> list[Any]:
         """Start Accelerate's trackers, show them the settings, hand them over; TensorBoard forgets what follows ``step``."""

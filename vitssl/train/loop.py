@@ -23,6 +23,7 @@ from vitssl.report import Report, duration
 from vitssl.schedule import Clock, Schedule
 from vitssl.task import Batch
 from vitssl.train.launch import Engine
+from vitssl.train.steps import exact_step, mean_step
 
 
 @dataclass(frozen=True)
@@ -185,20 +186,19 @@ def _step(
     lr: float,
     want_norm: bool,
 ) -> Tensor | float | None:
-    engine.seed_step(clock)
     engine.waiting.begin_step(clock.step, engine.optimizer, lr=lr)
-    sums: dict[str, Tensor] = {}
-    for number in range(engine.accumulation):
-        waiting = time.perf_counter()
-        batch = next(batches)
-        consumed(batch)
-        window.bad += [{"step": clock.step + 1, **bad._asdict()} for bad in batch.bad]
-        window.waited += time.perf_counter() - waiting
-        with engine.micro_step(last=number == engine.accumulation - 1):
-            loss, metrics = engine.forward(batch, clock)
-            engine.backward(loss)
-        for name, value in {"loss": loss.detach(), **metrics}.items():
-            sums[name] = sums.get(name, 0) + value.float() / engine.accumulation
+
+    def micro_batches() -> Iterator[Batch]:
+        for _ in range(engine.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            consumed(batch)
+            window.bad += [{"step": clock.step + 1, **bad._asdict()} for bad in batch.bad]
+            window.waited += time.perf_counter() - waiting
+            yield batch
+
+    phases = engine.task.couples_samples and engine.accumulation > 1
+    sums = exact_step(engine, clock, micro_batches()) if phases else mean_step(engine, clock, micro_batches())
     norm = engine.step(want_norm=want_norm)
     engine.task.after_step(clock)
     window.steps.append(sums)

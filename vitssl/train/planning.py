@@ -93,7 +93,7 @@ def make_plan(
         processes=dist.world(),
         micro_batch=micro_batch,
         accumulation=accumulation,
-        loss_batch=micro_batch * dist.world() if task.couples_samples else 1,
+        loss_batch=config.batch_size if task.couples_samples else 1,
         lr=lr,
         lr_rule=rule,
         warmup_steps=config.optim.warmup.steps(per_epoch=samples / config.batch_size, total=steps),
@@ -103,11 +103,18 @@ def make_plan(
         workers=workers,
         layouts=[list(each) for each in layouts],
         readers=readers,
-        costs=costs(source, config.data, layouts, readers=readers),
+        costs=costs(source, config.data, layouts, readers=readers) + _exact(task, accumulation),
         parameters={group.rule.name: group.size for group in groups} | others,
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
         waiting_steps=waiting,
     )
+
+
+def _exact(task: Task, accumulation: int) -> list[str]:
+    """What it costs that the whole batch meets in one loss although it comes in parts."""
+    if not task.couples_samples or accumulation == 1:
+        return []
+    return [f"the loss sees the whole batch, so each of its {accumulation} parts goes forward twice: a third more work or less"]
 
 
 def _state_memory(config: ProgramConfig, task: Task) -> dict[str, int]:

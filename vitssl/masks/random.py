@@ -1,4 +1,4 @@
-"""Masks: which patches a model may see. Pure functions of uniform noise."""
+"""Masks of patches that have nothing to do with each other."""
 
 import torch
 from torch import Tensor

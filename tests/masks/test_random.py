@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitssl.draws import uniform
-from vitssl.masks import random_keep
+from vitssl.masks.random import random_keep
 
 
 @settings(max_examples=30, deadline=None)

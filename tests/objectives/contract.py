@@ -1,0 +1,117 @@
+"""What every objective is held to, and the small settings under which: one row a method, or a way of using it."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitssl import dist
+from vitssl.models.encoder import Encoder
+from vitssl.models.twin import Twin
+from vitssl.objectives import create
+from vitssl.objectives.mixture import Mixture
+from vitssl.schedule import Clock
+from vitssl.task import Batch
+from vitssl.train.steps import exact_step, mean_step
+
+CLOCK = Clock(step=3, total=20, samples=48, seed=5)
+ROWS = 16  # of the whole batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of the objectives of one small run. ``frozen``: trainable parameters that may have no gradient, and why."""
+
+    objectives: dict[str, dict[str, Any]]
+    encoder: dict[str, Any] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)  # pattern of names -> reason
+    tolerance: float = 1e-9  # of gradients in float64, relative to the largest of a parameter
+
+
+PAIR_HEADS = {"hidden": 24, "out": 8}
+
+CASES = {
+    "mae": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}}}),
+    "simclr": Case({"simclr": PAIR_HEADS}),
+    "moco_v3": Case({"moco_v3": PAIR_HEADS}),
+    "mae + moco_v3": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}, "weight": 0.5}, "moco_v3": PAIR_HEADS}),
+}
+
+
+class Wide(Mixture):
+    """A mixture that shows its views in float64, where its networks are."""
+
+    def _shown(self, *args: Any, **options: Any) -> Iterator[tuple[str, Any, dict[str, Tensor]]]:
+        kind = next(self.encoder.parameters()).dtype
+        for name, objective, views in super()._shown(*args, **options):
+            yield name, objective, {role: images.to(kind) for role, images in views.items()}
+
+
+def build(case: str, *, dtype: torch.dtype = torch.float64) -> Wide:
+    """The task of a case, the same at every call. Teachers stand a little beside their students."""
+    torch.manual_seed(0)
+    chosen = CASES[case]
+    arguments = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    settings = {"image_size": 16, "patch_size": 4, "arguments": arguments} | chosen.encoder
+    encoder = Encoder.create("vit_tiny_patch16_224", **settings)
+    parts = {name: create(name, own, encoder.spec) for name, own in chosen.objectives.items()}
+    task = Wide(encoder, parts, mean=(0.5,) * 3, std=(0.25,) * 3).to(dtype)
+    for part in task.modules():
+        if isinstance(part, Twin):
+            with torch.no_grad():
+                for parameter in part.average.parameters():
+                    parameter += 0.02 * torch.randn_like(parameter)
+    return task
+
+
+def batch(task: Mixture, rows: slice = slice(None), *, num: int = ROWS) -> Batch:
+    """Those rows of the one batch that all cases see; a view's images follow from its size and copy alone."""
+    views = {}
+    for view in sorted(task.views):
+        generator = torch.Generator().manual_seed(31 * view.size[0] + view.copy)
+        views[view] = torch.randint(0, 256, (num, 3, *view.size), dtype=torch.uint8, generator=generator)[rows]
+    return Batch(views, torch.arange(num)[rows] + 48)
+
+
+class Plainly:
+    """An engine of nothing: what ``train.steps`` asks of one, on this process's own."""
+
+    loss_scale = 1.0
+
+    def __init__(self, task: Mixture, accumulation: int) -> None:
+        self.task, self.accumulation = task, accumulation
+
+    def seed_step(self, clock: Clock, *parts: int) -> None:
+        torch.manual_seed(sum(parts))
+
+    def micro_step(self, *, last: bool) -> nullcontext:
+        return nullcontext()
+
+    def forward(self, batch: Batch | None, clock: Clock, **options: Any) -> Any:
+        return self.task(batch, clock, **options)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+
+
+def gradients(task: nn.Module) -> dict[str, Tensor]:
+    """By name, of the parameters that train; zeros where there is none."""
+    named = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+
+
+def step_of_process(case: str, parts: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """(loss, gradients averaged as DDP does, state after the step) of this process's rows in ``parts`` micro-batches."""
+    task = build(case).train()
+    own = range(dist.rank(), ROWS, dist.world())
+    size = len(own) // parts
+    batches = [batch(task, list(own[first : first + size])) for first in range(0, len(own), size)]
+    step = exact_step if task.couples_samples and parts > 1 else mean_step
+    sums = step(Plainly(task, parts), CLOCK, batches)
+    task.after_step(CLOCK)
+    found = {name: dist.sum_over_processes(each) / dist.world() for name, each in gradients(task).items()}
+    loss = dist.sum_over_processes(sums["loss"].double()) / dist.world()
+    return loss, found, {name: value for name, value in task.state_dict().items() if "running" in name or "centre" in name}

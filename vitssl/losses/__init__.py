@@ -1,0 +1,1 @@
+"""Losses and their targets, as pure functions of tensors."""

@@ -1,0 +1,1 @@
+"""Masks: which patches a model may see. Pure functions of uniform noise."""
