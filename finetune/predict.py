@@ -151,7 +151,7 @@ def _autocast(model: Any, asked: str, recorded: str, device: str, report: Report
 def _opened(data: Sequence[str]) -> list[tuple[str, Any]]:
     """(folder that its keys begin at, source) of all data: images one after the other are one source, and so are shards."""
     from vitssl.data.sources import open_source
-    from vitssl.data.sources.patterns import PARQUET, TAR, is_shard
+    from vitssl.data.sources.patterns import PARQUET, TAR, is_shard, lies_beside
     from vitssl.data.stores import parted
 
     def kind(numbered: tuple[int, str]) -> Any:
@@ -161,6 +161,7 @@ def _opened(data: Sequence[str]) -> list[tuple[str, Any]]:
         return next((form.several for form in (TAR, PARQUET) if is_shard(parted(path)[1], form)), number)
 
     found = []
+    data = [path for path in data if not lies_beside(path)] or data  # what a shell makes of shards/*
     for what, group in groupby(enumerate(data), key=kind):
         paths = [path for _, path in group]
         if what == "images":

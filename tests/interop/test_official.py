@@ -176,6 +176,8 @@ def test_numbers_that_are_none_and_other_channels(tmp_path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.pth does not exist"):
         import_official(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} is a folder; .* hf:{tmp_path} for a model of transformers"):
+        import_official(tmp_path)
     whole = tmp_path / "whole.pth"
     torch.save(mae(golden("mae")[0]), whole)
     for content in (b"", b"x" * 1000, whole.read_bytes()[:5000]):

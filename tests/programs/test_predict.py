@@ -95,7 +95,9 @@ def test_any_mixture_of_places(tuned, turned: Path, data: Path, picture: Callabl
     (tmp_path / "photos").mkdir()
     for file in ("photos/one.jpg", "two.jpg", "three.jpg"):
         (tmp_path / file).write_bytes(picture(5))
-    shards, alone = [f"{data}/train-{number}.tar" for number in (2, 0)], [f"{tmp_path}/three.jpg", f"{tmp_path}/two.jpg"]
+    shards = [f"{data}/{name}" for name in ("train-2.tar", "train-0.tar", "train-0.tar.index")]
+    assert Path(shards[-1]).exists()  # as a shell's train-0* would have it
+    alone = [f"{tmp_path}/three.jpg", f"{tmp_path}/two.jpg"]
     jsonl = tmp_path / "rows.jsonl"
     assert main([str(tuned.folder), *alone, str(turned), f"{tmp_path}/photos", *shards, "--jsonl", str(jsonl)]) == 0
     found = rows(jsonl)

@@ -27,6 +27,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError: missing, damaged, no checkpoint, or with objects that are not to be made.
     """
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder; give a checkpoint's file, or hf:{path} for a model of transformers, timm:{path} for timm's"
+            " (an export of ours needs no import)"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a .safetensors, .pth, .pt, .pth.tar or .bin file")
     try:

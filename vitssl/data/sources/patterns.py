@@ -47,6 +47,11 @@ def is_shard(name: str, form: Form = TAR) -> bool:
     return name.lower().endswith(form.suffixes) and not name.rpartition("/")[2].startswith(".")
 
 
+def lies_beside(path: str) -> bool:
+    """Whether a path that a pattern met is one of the files that indexing leaves beside shards."""
+    return path.endswith(SUFFIX) or os.path.basename(path) == NAME
+
+
 def is_saved(path: str) -> bool:
     """Whether a folder is a data set, or splits of one, that the ``datasets`` library saved to a disk."""
     held = set(os.listdir(path)) if os.path.isdir(path) else set()
@@ -59,11 +64,6 @@ def shortened(path: str | Sequence[str]) -> str:
         return shown(path)
     paths = [shown(each) for each in path[:1]]
     return paths[0] if len(path) == 1 else f"{paths[0]} and {len(path) - 1} more" if paths else "no shards"
-
-
-def _may_be_shard(path: str) -> bool:
-    """Whether a path that a pattern met is none of the files that indexing leaves beside shards."""
-    return not (path.endswith(SUFFIX) or os.path.basename(path) == NAME)
 
 
 def shards_of_url(url: str, access: Access = USUAL, *, form: Form = TAR) -> list[str]:
@@ -101,7 +101,7 @@ def _expand(pattern: str, access: Access, form: Form) -> list[str]:
         return [shard for found in whole for shard in found]
     shards, missing = [], []
     for each in expanded:
-        found = [each] if os.path.isfile(each) else sorted(filter(_may_be_shard, glob.glob(each)))
+        found = [each] if os.path.isfile(each) else sorted(path for path in glob.glob(each) if not lies_beside(path))
         shards += found
         missing += [] if found else [each]
     if missing:
