@@ -84,6 +84,17 @@ class TeacherConfig(Section):
         return None if self.momentum is None else Schedule(self.momentum, final=self.final, shape=self.shape)
 
 
+class HealthConfig(Section):
+    """Whether features collapse or training becomes unstable, on a few training images under random crops."""
+
+    every: Every = Field(Duration(2, "%"), description="between two measurements")
+    images: Count = Field(64, description="measured")
+    views: int = Field(4, ge=2, description="random crops of each, for LiDAR")
+    on_alarm: Literal["off", "warn", "stop", "rollback"] = Field(
+        "warn", description="off: nothing is measured; rollback: to the newest checkpoint before the signs, with later images"
+    )
+
+
 class PretrainConfig(ProgramConfig):
     """Everything ``python -m pretrain`` can be told."""
 
@@ -92,6 +103,7 @@ class PretrainConfig(ProgramConfig):
     objectives: dict[str, dict[str, Any]] = Field({"mae": {}}, description="methods by name, each with its own settings")
     teacher: TeacherConfig = TeacherConfig()
     pooling: Literal["mean", "class"] = Field("mean", description="of the tokens, for probes and in encoder.json")
+    health: HealthConfig = HealthConfig()
     heldout: HeldoutConfig = HeldoutConfig()
     probe: ProbeConfig = ProbeConfig()
     init: StartConfig = StartConfig()

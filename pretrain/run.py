@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from pretrain.config import PretrainConfig
+from pretrain.health import Health, Rollback
 from pretrain.probing import nearest
 from pretrain.start import Start
 from pretrain.watch import Watched, watch
@@ -57,18 +58,36 @@ def run(config: PretrainConfig, command: Command) -> int:
         bench_step(config, build_task, plain_mae, report)
     elif "--plan" in command.flags:
         show_plan(config, build, open_data, report)
-    elif session := begin_session(config, build, open_data, report, fill=fill):
-        for line in said:
-            report.say(line, style="yellow" if line.startswith("warning") else None)
-        # the export comes before the last checkpoint: whatever kills the run, one that counts as finished has its export
-        events = [*watch(session, *watched), Event(every=session.plan.steps, act=lambda step: export(session))]
-        reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=events)
-        if reached < session.plan.steps:
-            session.tell_stopped(reached, command.typed("pretrain", launched=dist.world() > 1))
-        else:
-            finish(session)
-        session.engine.end()
+    else:
+        while session := begin_session(config, build, open_data, report, fill=fill):
+            for line in said:
+                report.say(line, style="yellow" if line.startswith("warning") else None)
+            try:
+                train(session, watched, command)
+            except Rollback:
+                session.engine.end(leave=False)
+                said.clear()
+                watched.clear()
+                continue
+            session.engine.end()
+            break
     return 0
+
+
+def train(session: Session, watched: list[Watched], command: Command) -> None:
+    """From the first step to the last, or to where it is told to stop. Raises Rollback, and TrainingError after an alarm."""
+    config = session.config
+    health = Health(session) if config.health.on_alarm != "off" else None
+    # the export comes before the last checkpoint: whatever kills the run, one that counts as finished has its export
+    events = [*watch(session, *watched), Event(every=session.plan.steps, act=lambda step: export(session))]
+    events = [health.event(), *events] if health else events
+    reached = session.fit(session.engine.task.views, channels=config.encoder.channels, events=events)
+    if health:
+        health.refuse(reached)
+    if reached < session.plan.steps:
+        session.tell_stopped(reached, command.typed("pretrain", launched=dist.world() > 1))
+    else:
+        finish(session)
 
 
 def build_task(config: PretrainConfig) -> Mixture:

@@ -11,6 +11,7 @@ import os
 import sys
 import textwrap
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.text import Text
 from vitssl.errors import UserError
 
 PATIENCE = 3.0  # seconds that a later process waits for its launcher to end it before it tells its error
+KEPT = 1000  # rows of each file, to look back at
 WIDE = 120  # columns of a terminal that has room for a bar beside the text
 
 _bars: list[Progress] = []  # on the screen now; stopped before an error is shown below them
@@ -39,6 +41,7 @@ class Report:
         self.console = Console(highlight=False, soft_wrap=True, quiet=not active)
         self._bar: Progress | None = None
         self._row = None
+        self.recent: dict[str, deque[dict[str, Any]]] = defaultdict(lambda: deque(maxlen=KEPT))
 
     def say(self, text: str = "", *, style: str | None = None) -> None:
         """A line for the person, kept in log.txt."""
@@ -102,7 +105,12 @@ class Report:
             self._bar = None
 
     def rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows to ``name`` (a .jsonl file of the run); a number that is none is written as null, as JSON has it."""
+        """Append rows to ``name`` (a .jsonl file of the run); a number that is none is written as null, as JSON has it.
+
+        The newest are kept in ``recent``, on every process.
+        """
+        rows = list(rows)
+        self.recent[name].extend(rows)
         if self.active and (lines := [json.dumps(_strict(row), allow_nan=False) for row in rows]):
             self._append(name, "\n".join(lines))
 

@@ -201,6 +201,7 @@ CHANGEABLE = (
     "data.max_bad_fraction",
     "probe",
     "heldout",
+    "health",
     "test",
     "onnx",
     "init.resume",

@@ -18,7 +18,7 @@ Draw = Callable[[str, int], Tensor]
 Embeddings = dict[str, Tensor]
 """What a loss compares, by name, each [rows, ...]."""
 
-Phase = Literal["embed", "compare", "carry"]
+Phase = Literal["embed", "compare", "carry", "health"]
 
 
 class Bad(NamedTuple):
@@ -113,6 +113,8 @@ class Task(nn.Module):
         * ``compare`` of all of them joined (``given``, leaves; ``batch`` None): (loss of the coupled part, its metrics);
         * ``carry`` of each micro-batch again, with the gradients of its embeddings (``given``): (loss of the uncoupled part
           / micro-batches + the sum of embeddings x gradients, its metrics), under the same random numbers.
+
+        ``health``, in evaluation: (nothing to train on, numbers that tell whether the networks are well).
         """
         raise NotImplementedError
 

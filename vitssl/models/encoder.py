@@ -6,7 +6,7 @@ The mask token belongs to the objective, so the encoder's state is a plain timm 
 Legend of shapes: B images, C channels, N patches, K kept patches, R prefix tokens (class, then registers), D width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -171,6 +171,10 @@ class Encoder(nn.Module):
         doors = {"keep": keep, "mask": mask, "mask_token": mask_token}
         x, blocks = self.vit(images, **doors, last_blocks=last_blocks, checkpointing=self.checkpointing)
         return replace(self._split(x), blocks=[self._split(block) for block in blocks])
+
+    def attention(self, images: Tensor, blocks: Collection[int]) -> list[Tensor]:
+        """[B, heads, T, T] each, over prefix and patch tokens: what the blocks of these numbers (from 0) attend to."""
+        return self.vit.attention(images, blocks)
 
     def norm(self, tokens: TokensOrTensor) -> TokensOrTensor:
         """The final norm, on a block's Tokens or on a tensor [..., D]."""

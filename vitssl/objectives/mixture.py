@@ -12,6 +12,7 @@ from vitssl.draws import uniform
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder, Pooling
 from vitssl.models.twin import Twin
+from vitssl.objectives import health
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
 from vitssl.schedule import Clock, Schedule
@@ -126,6 +127,16 @@ class Mixture(Task):
                 total = total + objective.config.weight * loss
                 metrics |= {f"{name}/{metric}": value for metric, value in own.items()}
         return total + carried, metrics | {"loss": total.detach()}
+
+    def _health(self, batch: Batch, clock: Clock, given: Embeddings | None) -> tuple[Tensor, dict[str, Tensor]]:
+        found = {}
+        for name, objective, views in self._shown(batch, clock):
+            with health.tokens_of(self.encoder) as tokens, torch.enable_grad():
+                loss, _ = objective(self._nets, views, clock, self.draw(name, batch, clock))
+                found[f"{name}/token_gradient"] = health.gradient_norm(loss, tokens)
+        images = seen(batch, max(self.views, key=lambda view: view.size), self.normalize, seed=clock.seed)
+        found |= health.attention_entropy(self.encoder, images[: health.ATTENDED])
+        return torch.zeros(()), found | health.beside_teacher(self.encoder, self.teacher, images)
 
     @property
     def _nets(self) -> Nets:

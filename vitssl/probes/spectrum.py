@@ -1,4 +1,4 @@
-"""How many directions features use: RankMe and alpha-ReQ, which need no labels."""
+"""How many directions features use: RankMe, LiDAR, alpha-ReQ and their spread, which need no labels."""
 
 import torch
 from torch import Tensor
@@ -12,6 +12,33 @@ def rankme(features: Tensor, *, eps: float = 1e-7) -> float:
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum() + eps
     return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def lidar(features: Tensor, *, delta: float = 1e-4) -> float:
+    """Effective rank of what tells images apart, beside what tells views of one image apart (Thilak et al. 2024, LiDAR).
+
+    features [N, V, D]: V views of N images. exp of the entropy of the eigenvalues of Sw^-1/2 Sb Sw^-1/2, where Sb is the
+    covariance of the images' means and Sw that of the views about them, plus ``delta`` on its diagonal (equations 2 to 4).
+    """
+    features = features.double()
+    means = features.mean(dim=1)
+    between = (means - means.mean(dim=0)).T @ (means - means.mean(dim=0)) / max(1, len(means) - 1)
+    apart = (features - means[:, None]).flatten(0, 1)
+    within = apart.T @ apart / max(1, len(means) * (features.shape[1] - 1))
+    values, vectors = torch.linalg.eigh(within)
+    whiten = vectors * (values.clamp(min=0) + delta).rsqrt() @ vectors.T
+    values = torch.linalg.eigvalsh(whiten @ between @ whiten).clamp(min=0)
+    shares = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.exp(-torch.xlogy(shares, shares).sum()).item()
+
+
+def spread(features: Tensor) -> float:
+    """Standard deviation of L2-normalised features [N, D], mean over dimensions, times sqrt(D): 1 is even, 0 a collapse.
+
+    As watched in SimSiam (Chen and He 2021, figure 2).
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    return (unit.std(dim=0).mean() * unit.shape[1] ** 0.5).item()
 
 
 def alpha_req(features: Tensor, *, floor: float = 1e-12) -> float:

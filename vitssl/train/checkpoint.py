@@ -149,6 +149,13 @@ def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None, da
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def discard(root: Path, *, after: int) -> None:
+    """Remove the checkpoints of later steps than ``after``."""
+    for folder in found(root):
+        if _step(folder) > after:
+            shutil.rmtree(folder)
+
+
 def _name(step: int) -> str:
     return f"step_{step:08}"
 

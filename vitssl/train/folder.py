@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vitssl.train import checkpoint
 from vitssl.train.checkpoint import Saved
 
 _locks: list[int] = []  # descriptors: closing one would end its lock
+ROLLBACKS = "rollbacks.jsonl"
 LEDGER = "ledger"
 PACKAGES = ("vitssl", "torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "safetensors")
 
@@ -136,14 +137,27 @@ def occupy(folder: Path) -> None:
         return  # a file system without locks
 
 
-def begin(folder: Path, config: ProgramConfig, plan: Plan, *, step: int) -> None:
-    """Write config, plan and environment, and cut the logs back to ``step``. The main process calls it."""
+def read_rollbacks(folder: Path, step: int) -> list[dict[str, int]]:
+    """{step, at, skipped} of each time that a run was set back, as far as they led to ``step``."""
+    path = folder / ROLLBACKS
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row["step"] <= step]
+
+
+def begin(folder: Path, config: ProgramConfig, plan: Plan, *, step: int, rollbacks: Sequence[Mapping[str, int]] = ()) -> None:
+    """Write config, plan and environment, and cut the logs back to ``step``. The main process calls it.
+
+    ``rollbacks`` are those that led there, of this run or of the one it continues.
+    """
     _replace(folder / "config.yaml", dump(type(config).model_validate(recorded(config))))
     plan.save(folder / "plan.json")
     _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
-    for name in ("metrics.jsonl", "probes.jsonl", quarantine.FILE):
+    for name in ("metrics.jsonl", "probes.jsonl", "health.jsonl", quarantine.FILE):
         _cut(folder / name, step)
-    ledger.cut(folder / LEDGER, step * config.batch_size)
+    if rollbacks or (folder / ROLLBACKS).exists():
+        _replace(folder / ROLLBACKS, "".join(json.dumps(row) + "\n" for row in rollbacks))
+    skipped = sum(each["skipped"] for each in rollbacks)
+    ledger.cut(folder / LEDGER, step * config.batch_size + skipped)
 
 
 def environment() -> dict[str, Any]:

@@ -28,8 +28,10 @@ from vitssl.task import Task
 from vitssl.train import checkpoint
 from vitssl.train.folder import (
     LEDGER,
+    ROLLBACKS,
     begin,
     occupy,
+    read_rollbacks,
     recorded,
     refuse_another_run,
     refuse_disagreement,
@@ -60,10 +62,25 @@ class Session:
     saved: int
     damaged: set[int] = field(default_factory=set)  # steps of checkpoints that were passed over
     passing: dict[int, Decided] = field(default_factory=dict)  # positions at which the network decided, when it was first here
+    rollbacks: list[dict[str, int]] = field(default_factory=list)  # what led to ``start``: images that were passed over
 
     @property
     def folder(self) -> Path:
         return run_folder(self.config)
+
+    @property
+    def position(self) -> int:
+        """Where the first batch begins: after what was trained on, and what was passed over by going back."""
+        return self.start * self.plan.batch_size + sum(each["skipped"] for each in self.rollbacks)
+
+    def roll_back(self, *, to: int, at: int) -> None:
+        """Let the next start be at checkpoint ``to`` and pass over the images up to step ``at``. Every process calls it."""
+        dist.barrier()
+        if self.engine.main:
+            checkpoint.discard(self.folder / "checkpoints", after=to)
+            row = {"step": to, "at": at, "skipped": (at - to) * self.plan.batch_size}
+            self.report.rows(ROLLBACKS, [row])
+        dist.barrier()
 
     def steps(self, length: Duration) -> int:
         """A duration in optimiser steps of this run, at least 1."""
@@ -101,8 +118,8 @@ class Session:
         options = {"seed": config.seed, "layouts": layouts, "channels": channels, "labels": labels, "augment": augment}
         feed = batches(
             training_samples(self.source, config.data, views, passing=self.passing, batch_size=plan.batch_size, **options),
-            start=self.start * plan.batch_size,
-            stop=plan.steps * plan.batch_size,
+            start=self.position,
+            stop=self.position + (plan.steps - self.start) * plan.batch_size,
             batch_size=plan.batch_size,
             micro_batch=plan.micro_batch,
             rank=dist.rank(),
@@ -182,13 +199,13 @@ def begin_session(
         load_task(task, saved, where=where)
     else:
         fill(task)
-    decided = passing(where) if saved else {}
+    decided, rollbacks = (passing(where), read_rollbacks(where, start)) if saved else ({}, [])
     dist.barrier()  # the file is cut below
     if engine.main:
         occupy(folder)
         if checkpoint.steps(folder / "checkpoints") != there:
             raise ConfigError(f"{folder}: another program has just written to it; run the same command again to go on")
-        begin(folder, config, plan, step=start)
+        begin(folder, config, plan, step=start, rollbacks=rollbacks)
     dist.barrier()
     report.pairs(f"plan of {folder}", plan.lines())
     if saved:
@@ -200,5 +217,5 @@ def begin_session(
         create_optimizer(engine)
     report.trackers = engine.trackers(flat(recorded(config)), step=start)
     damaged = {step for step in there if step > start}
-    options = {"start": start, "saved": start, "damaged": damaged, "passing": decided}
+    options = {"start": start, "saved": start, "damaged": damaged, "passing": decided, "rollbacks": rollbacks}
     return Session(config, engine, plan, source, report, **options)

@@ -5,7 +5,7 @@ They are used inside this module's own ``forward``, so engines that gather a mod
 (FSDP, ZeRO-3) find the class token and the positions in place. No private function of timm is called.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -150,6 +150,24 @@ class TimmViT(nn.Module):
         x = self._embed(images, grid, keep, mask, mask_token)
         x, outputs = run_blocks(self.blocks, x, beside=beside, checkpointing=checkpointing, last=last_blocks)
         return self.norm(x), outputs
+
+    def attention(self, images: Tensor, blocks: Collection[int]) -> list[Tensor]:
+        """Attention probabilities [B, heads, T, T] of the blocks of these numbers, computed again, unfused and uncompiled."""
+        grid = (images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1])
+        x, beside, found = self._embed(images, grid, None, None, None), self._beside(grid, None), []
+        for number, block in enumerate(self.blocks):
+            attention = block.attn
+            if number not in blocks:
+                x = block.forward(x, **({} if beside is None else beside[number]))  # not called: that may be compiled
+                continue
+            hook = attention.attn_drop.register_forward_hook(lambda module, given, probabilities: found.append(probabilities))
+            fused, attention.fused_attn = attention.fused_attn, False
+            try:
+                x = block.forward(x, **({} if beside is None else beside[number]))
+            finally:
+                attention.fused_attn = fused
+                hook.remove()
+        return found
 
     def _beside(self, grid: Grid, keep: Tensor | None) -> Sequence[Mapping[str, Tensor]] | None:
         """What each block is given beside the tokens: nothing here, relative positions in other families."""

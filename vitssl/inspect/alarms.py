@@ -1,0 +1,94 @@
+"""Alarms: rows of what was measured of a run's health, read as a physician would. Arithmetic over numbers; no tensors.
+
+Each rule looks at the rows since the run began and gives the likely cause in words, or nothing. A sign must stand in two rows
+that follow each other, so an alarm comes at most two measurements after the first of them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+Row = Mapping[str, float]
+Rule = Callable[[Sequence[Row]], str | None]
+
+LASTING = 2  # rows that a sign must stand in
+ONE = 0.1  # of even use: below it few prototypes are all that is used
+EVEN = 0.995  # of the entropy of even targets: above it targets say nothing
+FLAT = 0.15  # of what the spread of features was at the beginning
+FEW = 0.3  # of what RankMe was at the beginning
+HIGH = 1.5  # times the first loss
+GROWN = 4.0  # times the first norm of the weights
+FAR = 1e-7  # relative distance of a teacher's weights that is none
+
+
+def alarm(rows: Sequence[Row]) -> tuple[str, str] | None:
+    """(its name, what is seen and the likely cause): the first alarm that the newest rows raise.
+
+    ``rows`` in the order of their steps.
+    """
+    return next(((name, said) for name, rule in RULES.items() if (said := rule(rows))), None)
+
+
+def _lasting(rows: Sequence[Row], sign: Callable[[Row], bool]) -> bool:
+    return len(rows) > LASTING and all(sign(row) for row in rows[-LASTING:])
+
+
+def _keys(rows: Sequence[Row], ending: str) -> list[str]:
+    """The names of that ending, of whichever objective, in the newest row."""
+    return [key for key in rows[-1] if key.rpartition("/")[2] == ending]
+
+
+def _aliased(rows: Sequence[Row]) -> str | None:
+    """A teacher that is the student learns nothing from being asked."""
+    if _lasting(rows, lambda row: row.get("teacher_distance", 1.0) < FAR):
+        return "the teacher's weights are the student's: the teacher is an alias, or teacher.momentum is 0"
+    return None
+
+
+def _rising(rows: Sequence[Row]) -> str | None:
+    """Weights that have exploded, or a loss above where it began."""
+    first = rows[0]
+    if _lasting(rows, lambda row: row["weights"] > GROWN * first["weights"]):
+        grown = rows[-1]["weights"] / first["weights"]
+        return f"the encoder's weights have grown to {grown:.1f} times their norm: the learning rate is too high"
+    begun = next((row["loss"] for row in rows if "loss" in row), 0.0)  # there is none before the first step
+    if _lasting(rows, lambda row: row.get("loss", begun) > begun + (HIGH - 1) * abs(begun)):
+        return f"the loss is {rows[-1]['loss']:.4g} and was {begun:.4g} at first: the learning rate is too high"
+    return None
+
+
+def _one_prototype(rows: Sequence[Row]) -> str | None:
+    for key in _keys(rows, "usage"):
+        if _lasting(rows, lambda row, key=key: row.get(key, 1.0) < ONE):
+            return (
+                f"{key} is {rows[-1][key]:.3f}: all images go to a few prototypes; targets are not centred, or the centre's"
+                " momentum is too high"
+            )
+    return None
+
+
+def _even_targets(rows: Sequence[Row]) -> str | None:
+    for key in _keys(rows, "target_entropy"):
+        if _lasting(rows, lambda row, key=key: row.get(key, 0.0) > EVEN):
+            return (
+                f"{key} is {rows[-1][key]:.4f}: targets are the same for all prototypes; the teacher's temperature is too high"
+            )
+    return None
+
+
+def _collapsed(rows: Sequence[Row]) -> str | None:
+    first = rows[0]
+    flat = _lasting(rows, lambda row: row["std"] < FLAT * first["std"])
+    few = _lasting(rows, lambda row: row["rankme"] < max(1.5, FEW * first["rankme"]))
+    if not (flat or few):
+        return None
+    seen = f"spread {rows[-1]['std']:.3f} (first {first['std']:.3f}), RankMe {rows[-1]['rankme']:.1f} ({first['rankme']:.1f})"
+    return f"features have collapsed, {seen}: the learning rate is too high, or nothing in the loss keeps images apart"
+
+
+RULES: dict[str, Rule] = {
+    "alias": _aliased,
+    "divergence": _rising,
+    "one prototype": _one_prototype,
+    "even targets": _even_targets,
+    "collapse": _collapsed,
+}
+"""In the order in which a cause is looked for: the plainest first, since all of them end in a collapse."""
