@@ -27,6 +27,11 @@ class Inner(Section):
     time: Time = Field(Duration(5, "%"), description="how long")
 
 
+class Pair(Section):
+    first: Inner = Inner(rate=1.0)
+    second: Inner = Inner(rate=2.0, size=16)
+
+
 class Outer(Section):
     name: str = Field("it", description="what it is called")
     count: Count | None = None
@@ -59,6 +64,21 @@ def test_bases_merge_left_to_right_then_the_file_then_arguments(tmp_path: Path):
         "needed": 1,
         "objectives": {"x": {"k": 2, "l": 1}, "y": {}, "z": {"k": 5, "l": 6}},
     }
+
+
+@pytest.mark.parametrize(
+    "given, second",
+    [
+        ({}, Inner(rate=2.0, size=16)),
+        ({"size": 4}, Inner(rate=2.0, size=4)),
+        ({"rate": 3.0, "time": "7%"}, Inner(rate=3.0, size=16, time=Duration(7, "%"))),
+    ],
+)
+def test_keys_of_a_section_change_the_default_that_its_place_has(given: dict[str, Any], second: Inner):
+    """Not that of the section's own kind: the second of a pair keeps what it has beside the first."""
+    pair = build(Pair, {"second": given}, where="here")
+    assert pair == Pair(second=second) and pair.first == Inner(rate=1.0)
+    assert build(Pair, {"second": Inner()}, where="here").second == Inner(), "a whole section stands for itself"
 
 
 def test_null_removes_an_objective(tmp_path: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_validator
 
 from vitssl.errors import ConfigError
 from vitssl.schedule import Duration
@@ -20,9 +20,21 @@ T = TypeVar("T", bound="Section")
 
 
 class Section(BaseModel):
-    """A typed part of a config: unknown keys are errors, values cannot change."""
+    """A typed part of a config: unknown keys are errors, values cannot change.
+
+    Where a field's default is a section, keys given for it change those of that default, not of a new section: the second
+    crop of a pair keeps its own colours when its scale is set.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upon_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
+        return {key: _merge(defaults[key].model_dump(), value) if key in defaults else value for key, value in values.items()}
 
 
 def _read_duration(value: Any) -> Duration:
