@@ -37,6 +37,13 @@ CASES = {
     "mae": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}}}),
     "simclr": Case({"simclr": PAIR_HEADS}),
     "moco_v3": Case({"moco_v3": PAIR_HEADS}),
+    "byol": Case({"byol": PAIR_HEADS}),
+    "vicreg": Case({"vicreg": PAIR_HEADS}),
+    "barlow_twins": Case({"barlow_twins": PAIR_HEADS}),
+    "lejepa": Case(
+        {"lejepa": PAIR_HEADS | {"directions": 16, "crops": {"local_size": 8, "num_local": 2}}},
+        encoder={"positions": "sincos"},  # the gradient of learned ones is resampled in fp32
+    ),
     "mae + moco_v3": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}, "weight": 0.5}, "moco_v3": PAIR_HEADS}),
 }
 

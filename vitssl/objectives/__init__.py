@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from vitssl.objectives.base import Objective
 
 TABLE = {
+    "barlow_twins": "vitssl.objectives.barlow_twins:BarlowTwins",
+    "byol": "vitssl.objectives.byol:BYOL",
+    "lejepa": "vitssl.objectives.lejepa:LeJEPA",
     "mae": "vitssl.objectives.mae:MAE",
     "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
     "simclr": "vitssl.objectives.simclr:SimCLR",
+    "vicreg": "vitssl.objectives.vicreg:VICReg",
 }
 """name -> module:class"""
 
