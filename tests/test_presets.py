@@ -20,7 +20,7 @@ from vitssl.train.planning import make_plan, outline
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PROGRAMS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
-PRESETS = [path for program in PROGRAMS for path in sorted((CONFIGS / program).glob("*.yaml"))]
+PRESETS = [path for program in PROGRAMS for path in sorted((CONFIGS / program).rglob("*.yaml")) if path.stem != "base"]
 LAUNCH = sorted((CONFIGS / "launch").glob("*.yaml"))
 COMMAND = r"# (?:python|torchrun [^=]*|accelerate launch [^=]*) -m (pretrain|finetune)( .*)?"
 COUNTS = {
@@ -33,12 +33,16 @@ COUNTS = {
     "use_cpu",
 }
 
-preset = pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+preset = pytest.mark.parametrize("path", PRESETS, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+
+
+def program_of(path: Path) -> str:
+    return path.relative_to(CONFIGS).parts[0]
 
 
 @preset
 def test_a_preset_loads_and_says_its_command(path: Path):
-    program = path.parent.name
+    program = program_of(path)
     config = load(PROGRAMS[program], path)
     first, second = path.read_text().splitlines()[:2]
     command = re.fullmatch(COMMAND, first)
@@ -51,7 +55,7 @@ def test_a_preset_loads_and_says_its_command(path: Path):
     assert load(PROGRAMS[program], path, settings).run == config.run
 
 
-@pytest.mark.parametrize("path", [path for path in PRESETS if path.parent.name == "pretrain"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in PRESETS if program_of(path) == "pretrain"], ids=lambda path: path.stem)
 def test_a_pretraining_preset_can_be_built(path: Path):
     config = load(PretrainConfig, path)
     encoder = outline(lambda: Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"})))
@@ -73,7 +77,7 @@ FINETUNE = {  # steps, absolute rate, warm-up in steps, and the rate's share of 
 SIZES = {"b16": "vit_base_patch16_224", "l16": "vit_large_patch16_224", "h14": "vit_huge_patch14_224"}
 
 
-@pytest.mark.parametrize("path", [path for path in PRESETS if path.parent.name == "finetune"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in PRESETS if program_of(path) == "finetune"], ids=lambda path: path.stem)
 def test_a_fine_tuning_preset_comes_to_its_published_numbers(path: Path, tmp_path: Path):
     """The plan that ``--plan`` prints, from an export of the size that the preset is for, on ImageNet-1k."""
     name = SIZES.get(path.stem.rpartition("_")[2], "vit_tiny_patch16_224")
@@ -96,7 +100,7 @@ def test_a_fine_tuning_preset_comes_to_its_published_numbers(path: Path, tmp_pat
 
 
 def test_every_fine_tuning_preset_for_imagenet_has_its_numbers():
-    assert {path.stem for path in PRESETS if path.parent.name == "finetune"} - {"demo", "cifar10"} == set(FINETUNE)
+    assert {path.stem for path in PRESETS if program_of(path) == "finetune"} - {"demo", "cifar10"} == set(FINETUNE)
 
 
 @pytest.mark.parametrize("stem", ["vit_b16", "moco_v3_vit_b16", "ibot_vit_b16", "deit_vit_b16", "mae_vit_l16", "mae_vit_h14"])
@@ -108,7 +112,7 @@ def test_each_number_of_a_recipe_carries_its_source(stem: str):
 
 
 def test_names_of_runs_differ():
-    names = [load(PROGRAMS[path.parent.name], path).run.name for path in PRESETS]
+    names = [load(PROGRAMS[program_of(path)], path).run.name for path in PRESETS]
     assert len(names) > 4 and len(set(names)) == len(names)
 
 

@@ -22,7 +22,11 @@ def test_patchify_by_a_slow_oracle_and_back(shape: tuple, patch: tuple):
                 cut = images[b, :, r * patch[0] : (r + 1) * patch[0], c * patch[1] : (c + 1) * patch[1]]
                 numbers = [cut[k, i, j] for i in range(patch[0]) for j in range(patch[1]) for k in range(shape[1])]
                 assert torch.equal(patches[b, r * columns + c], torch.stack(numbers))
+                first = patchify(images, patch, channels_first=True)[b, r * columns + c]
+                assert torch.equal(first, cut.flatten())
     assert torch.equal(unpatchify(patches, patch, (rows, columns)), images)
+    by_channel = patchify(images, patch, channels_first=True)
+    assert torch.equal(unpatchify(by_channel, patch, (rows, columns), channels_first=True), images)
 
 
 def test_patchify_equals_mae():

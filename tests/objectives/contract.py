@@ -36,6 +36,10 @@ PAIR_HEADS = {"hidden": 24, "out": 8}
 CASES = {
     "mae": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}}}),
     "simclr": Case({"simclr": PAIR_HEADS}),
+    "simmim": Case({"simmim": {"mask_unit": 8}}),
+    "simmim without norm": Case(
+        {"simmim": {"mask_unit": 4, "final_norm": False}}, frozen={r"encoder\.vit\.norm\.": "the loss looks before it"}
+    ),
     "moco_v3": Case({"moco_v3": PAIR_HEADS}),
     "byol": Case({"byol": PAIR_HEADS}),
     "vicreg": Case({"vicreg": PAIR_HEADS}),

@@ -4,21 +4,26 @@ import torch
 from torch import Tensor
 
 
-def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+def patchify(images: Tensor, patch: tuple[int, int], *, channels_first: bool = False) -> Tensor:
     """[B, C, H, W] -> [B, N, P]: patches in raster order, numbers in the order (row, column, channel).
 
-    He et al. 2022, official code; SimMIM's head orders (channel, row, column) instead. ``patch`` (ph, pw) divides (H, W).
+    He et al. 2022, official code; SimMIM's head orders (channel, row, column) instead: ``channels_first``. ``patch`` (ph, pw)
+    divides (H, W).
     """
     batch, channels, height, width = images.shape
     rows, columns = height // patch[0], width // patch[1]
     x = images.reshape(batch, channels, rows, patch[0], columns, patch[1])
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch[0] * patch[1] * channels)
+    x = x.permute(0, 2, 4, 1, 3, 5) if channels_first else x.permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(batch, rows * columns, patch[0] * patch[1] * channels)
 
 
-def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int], *, channels_first: bool = False) -> Tensor:
     """[B, N, P] -> [B, C, H, W], the inverse of :func:`patchify`; ``grid`` (rows, columns) with N = rows * columns."""
-    x = patches.reshape(len(patches), *grid, *patch, -1)  # [B, rows, columns, ph, pw, C]
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, grid[0] * patch[0], grid[1] * patch[1])
+    if channels_first:
+        x = patches.reshape(len(patches), *grid, -1, *patch).permute(0, 3, 1, 4, 2, 5)
+    else:
+        x = patches.reshape(len(patches), *grid, *patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(len(patches), -1, grid[0] * patch[0], grid[1] * patch[1])  # from [B, C, rows, ph, columns, pw]
 
 
 def normalize_patches(target: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:

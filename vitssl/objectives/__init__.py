@@ -17,6 +17,7 @@ TABLE = {
     "lejepa": "vitssl.objectives.lejepa:LeJEPA",
     "mae": "vitssl.objectives.mae:MAE",
     "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
+    "simmim": "vitssl.objectives.simmim:SimMIM",
     "simclr": "vitssl.objectives.simclr:SimCLR",
     "vicreg": "vitssl.objectives.vicreg:VICReg",
 }
