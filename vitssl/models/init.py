@@ -22,3 +22,18 @@ def init_as_mae(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.rpartition(".")[2] in ("cls_token", "reg_token", "mask_token"):
             nn.init.normal_(parameter, std=0.02)
+
+
+def init_as_jepa(module: nn.Module) -> None:
+    """I-JEPA's initialisation (official code, ``init_model``), in place: linear layers and mask tokens N(0, 0.02), no bias.
+
+    Its classes also scale down what deeper blocks add, as BEiT's do, but ``init_model`` then draws all linear layers anew.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] == "mask_token":
+            nn.init.trunc_normal_(parameter, std=0.02)
