@@ -15,6 +15,7 @@ TABLE = {
     "barlow_twins": "vitssl.objectives.barlow_twins:BarlowTwins",
     "byol": "vitssl.objectives.byol:BYOL",
     "lejepa": "vitssl.objectives.lejepa:LeJEPA",
+    "data2vec": "vitssl.objectives.data2vec:Data2Vec",
     "ijepa": "vitssl.objectives.ijepa:IJEPA",
     "mae": "vitssl.objectives.mae:MAE",
     "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
