@@ -37,6 +37,7 @@ CASES = {
     "data2vec": Case({"data2vec": {"blocks": 2, "min_block": 2}}),
     "ijepa": Case({"ijepa": {"min_keep": 2, "shortest_of": 4, "predictor": {"dim": 16, "depth": 1}}}),
     "mae": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}}}),
+    "patch_prediction": Case({"patch_prediction": {"bits": 2}}),
     "simclr": Case({"simclr": PAIR_HEADS}),
     "simmim": Case({"simmim": {"mask_unit": 8}}),
     "simmim without norm": Case(

@@ -19,6 +19,7 @@ TABLE = {
     "ijepa": "vitssl.objectives.ijepa:IJEPA",
     "mae": "vitssl.objectives.mae:MAE",
     "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
+    "patch_prediction": "vitssl.objectives.patch_prediction:PatchPrediction",
     "simmim": "vitssl.objectives.simmim:SimMIM",
     "simclr": "vitssl.objectives.simclr:SimCLR",
     "vicreg": "vitssl.objectives.vicreg:VICReg",

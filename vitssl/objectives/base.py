@@ -6,6 +6,7 @@ batch, from what these gave). So a step can be accumulated exactly: embed all mi
 gradients back through each (Gao et al. 2021, GradCache).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,10 +25,14 @@ from vitssl.views import View
 
 @dataclass(frozen=True)
 class Nets:
-    """The networks of a run, shared by all of its objectives. Called, the teacher answers as its average, without gradient."""
+    """The networks of a run, shared by all of its objectives, and what their images were before they were normalised.
+
+    Called, the teacher answers as its average, without gradient.
+    """
 
     student: Encoder
     teacher: Twin | None = None
+    restore: Callable[[Tensor], Tensor] = lambda images: images  # normalised [B, C, H, W] -> pixels in [0, 1]
 
 
 class Objective(nn.Module):

@@ -140,7 +140,7 @@ class Mixture(Task):
 
     @property
     def _nets(self) -> Nets:
-        return Nets(student=self.encoder, teacher=self.teacher)
+        return Nets(student=self.encoder, teacher=self.teacher, restore=self.normalize.restore)
 
     def _shown(
         self, batch: Batch, clock: Clock, *, coupled: bool = False
