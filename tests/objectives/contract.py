@@ -33,11 +33,14 @@ class Case:
 
 PAIR_HEADS = {"hidden": 24, "out": 8}
 
+PAINTER = {"decoder": {"dim": 16, "depth": 1, "heads": 2}}
+
 CASES = {
     "data2vec": Case({"data2vec": {"blocks": 2, "min_block": 2}}),
     "ijepa": Case({"ijepa": {"min_keep": 2, "shortest_of": 4, "predictor": {"dim": 16, "depth": 1}}}),
-    "mae": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}}}),
     "patch_prediction": Case({"patch_prediction": {"bits": 2}}),
+    "mae": Case({"mae": PAINTER}),
+    "mae in blocks, a part painted": Case({"mae": {"block": 2, "decode": 0.25} | PAINTER}),
     "simclr": Case({"simclr": PAIR_HEADS}),
     "simmim": Case({"simmim": {"mask_unit": 8}}),
     "simmim without norm": Case(
@@ -51,7 +54,7 @@ CASES = {
         {"lejepa": PAIR_HEADS | {"directions": 16, "crops": {"local_size": 8, "num_local": 2}}},
         encoder={"positions": "sincos"},  # the gradient of learned ones is resampled in fp32
     ),
-    "mae + moco_v3": Case({"mae": {"decoder": {"dim": 16, "depth": 1, "heads": 2}, "weight": 0.5}, "moco_v3": PAIR_HEADS}),
+    "mae + moco_v3": Case({"mae": PAINTER | {"weight": 0.5}, "moco_v3": PAIR_HEADS}),
 }
 
 

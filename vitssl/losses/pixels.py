@@ -36,11 +36,12 @@ def normalize_patches(target: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor
     return (target - mean) / std, mean, std
 
 
-def masked_mse(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, *, each: bool = False) -> Tensor:
     """Scalar: squared error, mean over the numbers of a patch, then over all patches of the batch with ``mask`` [B, N] True.
 
-    pred and target [B, N, P]. Not a number if no patch is masked. He et al. 2022, section 3.2 (loss on masked patches only).
+    pred and target [B, N, P]. ``each``: [B], over the patches of each image instead. Not a number if no patch is masked.
+    He et al. 2022, section 3.2 (loss on masked patches only).
     """
     error = (pred - target).square().mean(dim=-1)  # [B, N]
-    weight = mask.to(error.dtype)
-    return (error * weight).sum() / weight.sum()
+    weight, over = mask.to(error.dtype), -1 if each else None
+    return (error * weight).sum(dim=over) / weight.sum(dim=over)

@@ -1,4 +1,4 @@
-"""Masks of patches that have nothing to do with each other."""
+"""Masks of patches, or of square blocks of them, that have nothing to do with each other."""
 
 import torch
 from torch import Tensor
@@ -17,3 +17,12 @@ def random_keep(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
     keep = torch.argsort(noise, dim=1, stable=True)[:, :num_keep]  # [B, K]
     mask = torch.ones_like(noise, dtype=torch.bool).scatter_(1, keep, False)
     return keep, mask
+
+
+def in_blocks(order: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+    """[B, K] int64 numbers of ``block`` x ``block`` blocks -> [B, K x block^2] of their patches, block by block.
+
+    ``grid`` (rows, columns) of patches, which ``block`` divides; blocks and the patches inside one are in raster order.
+    """
+    patches = torch.arange(grid[0] * grid[1], device=order.device).reshape(grid[0] // block, block, grid[1] // block, block)
+    return patches.permute(0, 2, 1, 3).reshape(-1, block * block)[order].flatten(1)

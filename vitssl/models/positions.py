@@ -25,11 +25,16 @@ def sincos_2d(dim: int, grid: Grid, *, first: Literal["column", "row"] = "column
     """
     if dim % 4:
         raise ConfigError(f"sin-cos positions need a width divisible by 4, not {dim}; choose another width or learned ones")
-    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     order = (column, row) if first == "column" else (row, column)
-    angles = [coordinate.reshape(-1, 1) * frequency for coordinate in order]  # [N, dim/4] each
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([waves(coordinate.reshape(-1), dim // 2) for coordinate in order], dim=1)
+
+
+def waves(values: Tensor, dim: int) -> Tensor:
+    """[n] -> [n, dim], ``dim`` even: sines, then cosines, of wavelengths 2 pi to 10000 * 2 pi (Vaswani et al. 2017)."""
+    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device=values.device) / (dim // 2))
+    angles = values[:, None] * frequency
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
 
 def resample(positions: Tensor, from_grid: Grid, to_grid: Grid, rule: ResampleRule, *, prefix: int = 0) -> Tensor:

@@ -42,16 +42,32 @@ class Decoder(nn.Module):
         self.predict = nn.Linear(dim, out)
         init_as_mae(self)
 
-    def forward(self, tokens: Tokens, keep: Tensor) -> Tensor:
-        """tokens of the K kept patches, keep [B, K] their places -> [B, N, out], in raster order; kept ones included."""
+    def forward(self, tokens: Tokens, keep: Tensor, places: Tensor | None = None) -> Tensor:
+        """tokens of the K kept patches, keep [B, K] their places -> [B, N, out], in raster order; kept ones included.
+
+        ``places`` [B, M]: which of the others are painted; the rest are not there for the blocks, and 0 in the answer.
+        """
         prefix, kept = self.embed(torch.cat([tokens.prefix, tokens.patches], dim=1)).split([self.prefix, keep.shape[1]], dim=1)
-        patches = self.mask_token.expand(len(kept), len(self.positions), -1)  # [B, N, dim]
-        places = keep[..., None].expand(-1, -1, kept.shape[-1])
-        patches = patches.scatter(1, places, kept.to(patches.dtype)) + self.positions
-        x = torch.cat([prefix, patches], dim=1)  # [B, R + N, dim]
+        if places is None:
+            patches = self.mask_token.expand(len(kept), len(self.positions), -1)  # [B, N, dim]
+            patches = patches.scatter(1, _rows(keep, kept.shape[-1]), kept.to(patches.dtype)) + self.positions
+        else:
+            missing = self.mask_token.to(kept.dtype).expand(len(kept), places.shape[1], -1)
+            seats = torch.cat([keep, places], dim=1)  # [B, K + M]
+            patches = torch.cat([kept, missing], dim=1) + self.positions[seats]
+        x = torch.cat([prefix, patches], dim=1)  # [B, R + (N or K + M), dim]
         x, _ = run_blocks(self.blocks, x, checkpointing=self.checkpointing)
-        return self.predict(self.norm(x[:, self.prefix :]))
+        answer = self.predict(self.norm(x[:, self.prefix :]))
+        if places is None:
+            return answer
+        empty = answer.new_zeros(len(answer), len(self.positions), answer.shape[-1])
+        return empty.scatter(1, _rows(seats, answer.shape[-1]), answer)
 
     def compile_blocks(self) -> None:
         """Compile every block in place; state names do not change."""
         compile_in_place(self.blocks)
+
+
+def _rows(numbers: Tensor, width: int) -> Tensor:
+    """[B, K] -> [B, K, width]: as ``scatter`` wants to be told of whole rows."""
+    return numbers[..., None].expand(-1, -1, width)

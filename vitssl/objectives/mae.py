@@ -3,7 +3,7 @@
 The surprising decision: the encoder never sees a mask token, only the kept quarter of the patches, in the order of their noise.
 """
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -12,14 +12,14 @@ from torch import Tensor
 from vitssl.config import Count, Section
 from vitssl.errors import ConfigError
 from vitssl.losses.pixels import masked_mse, normalize_patches, patchify, unpatchify
-from vitssl.masks.random import random_keep
+from vitssl.masks.random import in_blocks, random_keep
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
-from vitssl.sections import Area, Fraction, PhotometricConfig
-from vitssl.task import Draw
+from vitssl.sections import Area, Fraction, PhotometricConfig, Share
+from vitssl.task import Draw, Embeddings
 from vitssl.views import Photometric, View
 
 
@@ -51,27 +51,43 @@ class Reconstruction(NamedTuple):
 
 
 class MAE(Objective):
-    """Mean squared error on the removed patches, per patch normalised unless ``norm_pix`` is off."""
+    """Mean squared error on the removed patches, per patch normalised unless ``norm_pix`` is off.
+
+    It compares no samples: ``embed`` gives the error of each and ``compare`` their mean, so that a method which does compare
+    some can be this one and more.
+    """
 
     class Config(Objective.Config):
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="fraction of patches removed; int(N * (1 - ratio)) are kept")
+        block: Count = Field(1, description="patches are removed in squares of block x block (Pixio: 4)")
+        decode: Share = Field(1.0, description="fraction of the removed patches that are painted, drawn anew (CrossMAE: 0.25)")
         norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and deviation")
         decoder: DecoderConfig = DecoderConfig()
         view: ViewConfig = ViewConfig()
+
+    name: ClassVar[str] = "mae"
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
         if not spec.drops:
             raise ConfigError(
-                "objectives.mae leaves patches out, and a Beit's relative positions are laid out for all of them; take a"
-                " VisionTransformer or Eva as encoder.name"
+                f"objectives.{self.name} leaves patches out, and a Beit's relative positions are laid out for all of them; take"
+                " a VisionTransformer or Eva as encoder.name"
             )
-        self.num_keep = int(spec.num_patches * (1 - config.mask_ratio))
-        if self.num_keep < 1:
+        block = config.block
+        if spec.grid[0] % block or spec.grid[1] % block:
             raise ConfigError(
-                f"objectives.mae.mask_ratio={config.mask_ratio} keeps none of {spec.num_patches} patches; "
-                f"keep one with at most {1 - 1 / spec.num_patches:.4g}"
+                f"objectives.{self.name}.block={block} does not divide the {spec.grid[0]}x{spec.grid[1]} patches of an image"
             )
+        self.num_blocks = spec.num_patches // block**2
+        kept = int(self.num_blocks * (1 - config.mask_ratio))
+        if kept < 1:
+            raise ConfigError(
+                f"objectives.{self.name}.mask_ratio={config.mask_ratio} keeps none of {self.num_blocks} "
+                f"{'patches' if block == 1 else 'blocks'}; keep one with at most {1 - 1 / self.num_blocks:.4g}"
+            )
+        painted = max(1, round(config.decode * (self.num_blocks - kept)))
+        self.num_keep, self.num_painted = kept * block**2, painted * block**2
         out = spec.patch[0] * spec.patch[1] * spec.channels
         self.decoder = Decoder(spec, **config.decoder.model_dump(), out=out)
 
@@ -79,18 +95,21 @@ class MAE(Objective):
         values = self.config.view.model_dump()
         return {"image": View(size=self.spec.image_size, **values | {"photometric": Photometric(**values["photometric"])})}
 
-    def forward(self, nets: Nets, views: dict[str, Tensor], clock: Clock, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        """views["image"] [B, C, H, W] -> the loss, and itself as the only metric ``loss``."""
-        pred, mask = self._predict(nets, views["image"], draw)
-        target, _, _ = self._target(views["image"])
-        loss = masked_mse(pred, target, mask)
+    def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
+        """``error`` [B]: of each image of views["image"] [B, C, H, W]."""
+        pred, painted = self._predict(nets, views["image"], draw, decode=self.config.decode)
+        return {"error": masked_mse(pred, self._target(views["image"])[0], painted, each=True)}
+
+    def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean error, and itself as the only metric ``loss``."""
+        loss = embeddings["error"].mean()
         return loss, {"loss": loss.detach()}
 
     def stacks(self) -> list[Stack]:
         decoder, spec = self.config.decoder, self.spec
         return [
             Stack(spec.prefix + self.num_keep, spec.dim, spec.depth, spec.heads),
-            Stack(spec.prefix + spec.num_patches, decoder.dim, decoder.depth, decoder.heads, decoder.mlp_ratio),
+            Stack(spec.prefix + self.num_keep + self.num_painted, decoder.dim, decoder.depth, decoder.heads, decoder.mlp_ratio),
         ]
 
     @torch.no_grad()
@@ -104,10 +123,20 @@ class MAE(Objective):
         patches = (pixels, pixels.masked_fill(removed, 0.0), pred, torch.where(removed, pred, pixels))
         return Reconstruction(*(unpatchify(p, self.spec.patch, self.spec.grid) for p in patches))
 
-    def _predict(self, nets: Nets, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        """(prediction [B, N, P], mask [B, N] bool: True where removed)."""
-        keep, mask = random_keep(draw("mask", self.spec.num_patches), self.num_keep)
-        return self.decoder(nets.student(images, keep=keep), keep), mask
+    def _predict(self, nets: Nets, images: Tensor, draw: Draw, *, decode: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(prediction [B, N, P], [B, N] bool: True where removed and, with ``decode`` below 1, painted)."""
+        keep, places, painted = self._masks(draw("mask", self.num_blocks), decode=decode)
+        return self.decoder(nets.student(images, keep=keep), keep, places), painted
+
+    def _masks(self, noise: Tensor, *, decode: float) -> tuple[Tensor, Tensor | None, Tensor]:
+        """noise [B, blocks] -> (keep [B, K]; which others are painted [B, M], None: all; the same as a mask [B, N])."""
+        num = self.num_keep if decode == 1 else self.num_keep + self.num_painted
+        blocks, _ = random_keep(noise, num // self.config.block**2)
+        keep, places = in_blocks(blocks, self.spec.grid, self.config.block).split([self.num_keep, num - self.num_keep], dim=1)
+        others = torch.ones(len(keep), self.spec.num_patches, dtype=torch.bool, device=keep.device)
+        if decode == 1:
+            return keep, None, others.scatter_(1, keep, False)
+        return keep, places, ~others.scatter_(1, places, False)
 
     def _target(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(target [B, N, P], and the mean and deviation that make pixels of it)."""
