@@ -1,11 +1,13 @@
 """Draws: the bits never change, they look random, and nothing but (seed, purpose, position) decides them."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitssl.draws import fold, hashed, permutation, uniform
+from vitssl.draws import fold, hashed, normal, permutation, uniform
 from vitssl.views import View, purpose
 
 MASK = (1 << 64) - 1
@@ -89,6 +91,19 @@ def test_fold_depends_on_every_number_and_their_order():
     values = {fold(), fold(0), fold(0, 0), fold(1), fold(1, 0), fold(0, 1), fold(-1), fold(2**63)}
     assert len(values) == 8
     assert all(0 <= value < 2**63 for value in values)
+
+
+def test_normal_numbers_by_their_formula_and_their_moments():
+    drawn = uniform(3, 9, torch.arange(500), 40)
+    found = normal(drawn)
+    assert found.shape == (500, 40) and found.isfinite().all()
+    u, v = drawn[7, 4].item(), drawn[7, 24].item()
+    assert found[7, 4].item() == pytest.approx((-2 * math.log(1 - u)) ** 0.5 * math.cos(2 * math.pi * v), abs=1e-5)
+    assert found[7, 24].item() == pytest.approx((-2 * math.log(1 - u)) ** 0.5 * math.sin(2 * math.pi * v), abs=1e-5)
+    assert abs(found.mean().item()) < 0.03 and found.square().mean().item() == pytest.approx(1, abs=0.04)
+    assert found.pow(4).mean().item() == pytest.approx(3, abs=0.3)
+    assert normal(torch.zeros(1, 2, dtype=torch.float64)).tolist() == [[0.0, 0.0]]
+    assert normal(torch.full((1, 2), 1 - 2.0**-53, dtype=torch.float64)).isfinite().all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -29,6 +29,14 @@ def uniform(seed: int, purpose: int, positions: Tensor, num: int) -> Tensor:
     return _shift(hashed(seed, purpose, positions, num), 11).to(torch.float64) * 2.0**-53
 
 
+def normal(numbers: Tensor) -> Tensor:
+    """[B, 2n] uniform in [0, 1) -> [B, 2n] float32, standard normal (Box and Muller 1958)."""
+    first, second = numbers.chunk(2, dim=1)
+    radius = torch.sqrt(-2 * torch.log((1 - first).to(torch.float32)))  # 1 - first is never 0
+    angle = (2 * torch.pi * second).to(torch.float32)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+
+
 def permutation(seed: int, purpose: int, size: int) -> Tensor:
     """[size] int64: a permutation of ``range(size)``, the order of the hashes of its members."""
     members, keys = torch.arange(size), torch.empty(size, dtype=torch.int64)

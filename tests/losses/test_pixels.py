@@ -34,6 +34,20 @@ def test_patchify_equals_mae():
     assert torch.equal(patchify(images, (4, 4)), load_file(GOLDEN / "outputs.safetensors")["patchified"])
 
 
+def test_the_error_of_each_image_by_a_slow_oracle():
+    pred, target, mask = (
+        torch.randn(2, 3, 4).double(),
+        torch.randn(2, 3, 4).double(),
+        torch.tensor([[1, 0, 1], [0, 1, 0]]).bool(),
+    )
+    errors = [[(pred[b, n] - target[b, n]).square().sum().item() / 4 for n in range(3) if mask[b, n]] for b in range(2)]
+    torch.testing.assert_close(
+        masked_mse(pred, target, mask, each=True), torch.tensor([sum(e) / len(e) for e in errors]).double()
+    )
+    every = [error for some in errors for error in some]
+    assert masked_mse(pred, target, mask).item() == pytest.approx(sum(every) / len(every))
+
+
 def test_normalised_patches_can_be_painted_again():
     target = torch.randn(2, 3, 12, dtype=torch.float64) * 5 + 2
     normalised, mean, std = normalize_patches(target)

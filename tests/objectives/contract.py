@@ -41,6 +41,8 @@ CASES = {
     "patch_prediction": Case({"patch_prediction": {"bits": 2}}),
     "mae": Case({"mae": PAINTER}),
     "mae in blocks, a part painted": Case({"mae": {"block": 2, "decode": 0.25} | PAINTER}),
+    "can": Case({"can": PAINTER | {"out": 8}}),
+    "can without noise, with BatchNorm": Case({"can": PAINTER | {"denoising": 0, "norm": True, "decode": 0.5}}),
     "simclr": Case({"simclr": PAIR_HEADS}),
     "simmim": Case({"simmim": {"mask_unit": 8}}),
     "simmim without norm": Case(

@@ -17,6 +17,7 @@ TABLE = {
     "lejepa": "vitssl.objectives.lejepa:LeJEPA",
     "data2vec": "vitssl.objectives.data2vec:Data2Vec",
     "ijepa": "vitssl.objectives.ijepa:IJEPA",
+    "can": "vitssl.objectives.can:CAN",
     "mae": "vitssl.objectives.mae:MAE",
     "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
     "patch_prediction": "vitssl.objectives.patch_prediction:PatchPrediction",

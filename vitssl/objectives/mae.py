@@ -13,7 +13,7 @@ from vitssl.config import Count, Section
 from vitssl.errors import ConfigError
 from vitssl.losses.pixels import masked_mse, normalize_patches, patchify, unpatchify
 from vitssl.masks.random import in_blocks, random_keep
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.encoder import EncoderSpec, Tokens
 from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
@@ -126,7 +126,11 @@ class MAE(Objective):
     def _predict(self, nets: Nets, images: Tensor, draw: Draw, *, decode: float = 1.0) -> tuple[Tensor, Tensor]:
         """(prediction [B, N, P], [B, N] bool: True where removed and, with ``decode`` below 1, painted)."""
         keep, places, painted = self._masks(draw("mask", self.num_blocks), decode=decode)
-        return self.decoder(nets.student(images, keep=keep), keep, places), painted
+        return self._paint(nets.student(images, keep=keep), keep, places), painted
+
+    def _paint(self, tokens: Tokens, keep: Tensor, places: Tensor | None) -> Tensor:
+        """[B, N, P]: what the decoder makes of the tokens of ``keep``."""
+        return self.decoder(tokens, keep, places)
 
     def _masks(self, noise: Tensor, *, decode: float) -> tuple[Tensor, Tensor | None, Tensor]:
         """noise [B, blocks] -> (keep [B, K]; which others are painted [B, M], None: all; the same as a mask [B, N])."""
