@@ -9,7 +9,7 @@ from torch import nn
 from vitssl.data.augment import Normalize
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
-from vitssl.objectives import TABLE, create, find, names
+from vitssl.objectives import TABLE, configure, create, find, names
 from vitssl.objectives.base import Objective
 from vitssl.objectives.mixture import Mixture
 from vitssl.schedule import Clock, Schedule
@@ -75,6 +75,35 @@ def test_losses_are_weighted_and_metrics_named():
     assert set(metrics) == {"a/scale", "b/scale"}
     loss.backward()
     torch.testing.assert_close(task.objectives["b"].scale.grad, torch.full((2, 2), 0.0625))
+
+
+def test_a_weight_can_change_along_the_run():
+    """Linear from start to peak, then by half a cosine to final; held-out losses are of the peak throughout."""
+    moving = {"start": 0.5, "peak": 2.0, "warmup": "20%", "final": 1.0}
+    task = mixture(a=Probe(configure("mae", {"weight": moving}), encoder().spec))
+    expected = {0: 0.5, 1: 1.25, 2: 2.0, 6: 1.5, 10: 1.0}
+    found = {step: task(batch(VIEW), Clock(step, 10, 0, 5))[0].item() for step in expected}
+    assert found == pytest.approx(expected)
+    assert task.eval()(batch(VIEW), Clock(0, 1, 0, 5))[0].item() == pytest.approx(2.0)
+    constant = configure("mae", {"weight": {"peak": 3, "warmup": "4"}}).weight
+    assert [constant.at(Clock(step, 100, 0, 0)) for step in (0, 2, 4, 99)] == [0, 1.5, 3, 3]
+    assert configure("mae", {"weight": 0.25}).weight.at(CLOCK) == 0.25
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        ("much", r"objectives.mae.weight.peak='much': input should be a valid number"),
+        (-1, r"objectives.mae.weight.peak=-1: input should be greater than or equal to 0"),
+        ({"paek": 1}, r"objectives.mae.weight.paek: unknown key; did you mean weight.peak"),
+        ({"warmup": "3ep"}, r"objectives.mae.weight=.*is a share of the run \(10%\) or steps, and warmup=3ep counts epochs"),
+        ({"start": 0.5}, r"start=0.5 is for a warm-up, and warmup is 0; give it, as warmup=10%"),
+        ({"shape": "linear"}, r"shape is of the way to final, which is not given"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(weight, message: str):
+    with pytest.raises(ConfigError, match=message):
+        configure("mae", {"weight": weight})
 
 
 def test_equal_views_are_one_tensor():
@@ -143,7 +172,7 @@ def test_what_cannot_run_is_refused(make, message: str):
 def test_the_table_holds_objectives_with_working_defaults(name: str):
     kind = find(name)
     assert issubclass(kind, Objective)
-    assert kind.Config().weight == 1.0
+    assert kind.Config().weight.peak == 1.0
     assert TABLE[name].startswith("vitssl.objectives.")
     objective = create(name, {}, encoder().spec)
     assert all(isinstance(view, View) for view in objective.views().values())

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 TABLE = {
     "barlow_twins": "vitssl.objectives.barlow_twins:BarlowTwins",
     "byol": "vitssl.objectives.byol:BYOL",
-    "lejepa": "vitssl.objectives.lejepa:LeJEPA",
+    "can": "vitssl.objectives.can:CAN",
     "data2vec": "vitssl.objectives.data2vec:Data2Vec",
     "ijepa": "vitssl.objectives.ijepa:IJEPA",
-    "can": "vitssl.objectives.can:CAN",
+    "lejepa": "vitssl.objectives.lejepa:LeJEPA",
     "mae": "vitssl.objectives.mae:MAE",
     "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
     "patch_prediction": "vitssl.objectives.patch_prediction:PatchPrediction",
-    "simmim": "vitssl.objectives.simmim:SimMIM",
     "simclr": "vitssl.objectives.simclr:SimCLR",
+    "simmim": "vitssl.objectives.simmim:SimMIM",
     "vicreg": "vitssl.objectives.vicreg:VICReg",
 }
 """name -> module:class"""

@@ -6,19 +6,21 @@ batch, from what these gave). So a step can be accumulated exactly: embed all mi
 gradients back through each (Gao et al. 2021, GradCache).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from vitssl import dist
-from vitssl.config import Section
+from vitssl.config import Section, Time
 from vitssl.models.encoder import Encoder, EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.plan import Stack
-from vitssl.schedule import Clock, Schedule
+from vitssl.schedule import Clock, Duration, Schedule
+from vitssl.sections import Strength
 from vitssl.task import Draw, Embeddings, Rule
 from vitssl.views import View
 
@@ -35,6 +37,36 @@ class Nets:
     restore: Callable[[Tensor], Tensor] = lambda images: images  # normalised [B, C, H, W] -> pixels in [0, 1]
 
 
+class WeightConfig(Section):
+    """A number that multiplies an objective's loss, constant or along the run: ``weight: 0.5`` is its ``peak`` alone."""
+
+    peak: Strength = Field(1.0, description="the weight, after a warm-up")
+    start: Strength = Field(0.0, description="the weight that a linear warm-up begins with")
+    warmup: Time = Field(Duration(0, "steps"), description="from start to peak, as 10% or steps")
+    final: Strength | None = Field(None, description="the weight at the end; null: it stays at peak")
+    shape: Literal["cosine", "linear"] = Field("cosine", description="of the way from peak to final")
+
+    @model_validator(mode="after")
+    def _nothing_is_passed_over(self) -> "WeightConfig":
+        if self.warmup.unit == "ep":
+            raise ValueError(f"is a share of the run (10%) or steps, and warmup={self.warmup} counts epochs")
+        if self.start and not self.warmup.value:
+            raise ValueError(f"start={self.start:g} is for a warm-up, and warmup is 0; give it, as warmup=10%")
+        if self.final is None and "shape" in self.model_fields_set:
+            raise ValueError("shape is of the way to final, which is not given; give it, or leave shape out")
+        return self
+
+    def at(self, clock: Clock) -> float:
+        """The weight at a moment of the run."""
+        kind, end = ("constant", self.peak) if self.final is None else (self.shape, self.final)
+        warmup = self.warmup.steps(per_epoch=1, total=clock.total)
+        return Schedule(self.peak, start=self.start, final=end, warmup=warmup, total=clock.total, shape=kind).at(clock.step)
+
+
+def _peak(value: Any) -> Any:
+    return {"peak": value} if not isinstance(value, Mapping | WeightConfig) else value
+
+
 class Objective(nn.Module):
     """Subclasses say what they need and compute a loss; they own whatever exists for this method only (decoder, heads, tokens).
 
@@ -45,7 +77,7 @@ class Objective(nn.Module):
     class Config(Section):
         """Every key of the method; ``weight`` multiplies its loss in the mixture."""
 
-        weight: float = 1.0
+        weight: Annotated[WeightConfig, BeforeValidator(_peak)] = WeightConfig()
 
     momentum: ClassVar[Schedule | None] = None
     judges_teacher: ClassVar[bool] = False  # whether its paper probes and publishes the teacher
@@ -55,6 +87,10 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.spec = spec
+
+    def weight(self, clock: Clock) -> float:
+        """What multiplies its loss; in evaluation the peak, so that a run's losses on the same images can be compared."""
+        return self.config.weight.at(clock) if self.training else self.config.weight.peak
 
     def views(self) -> dict[str, View]:
         """The views it wants, by the names under which ``forward`` receives them. Equal views of objectives are one tensor."""

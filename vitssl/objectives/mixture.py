@@ -77,7 +77,7 @@ class Mixture(Task):
         nets, total, metrics = self._nets, torch.zeros((), device=batch.positions.device), {}
         for name, objective, views in self._shown(batch, clock):
             loss, own = objective(nets, views, clock, self.draw(name, batch, clock))
-            total = total + objective.config.weight * loss
+            total = total + objective.weight(clock) * loss
             metrics |= {f"{name}/{metric}": value for metric, value in own.items()}
         return total, metrics
 
@@ -109,7 +109,7 @@ class Mixture(Task):
             if objective.couples_samples:
                 own = {key.removeprefix(f"{name}/"): rows for key, rows in given.items() if key.startswith(f"{name}/")}
                 loss, found = objective.compare(own, own, clock)
-                total = total + objective.config.weight * loss
+                total = total + objective.weight(clock) * loss
                 metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         return total, metrics
 
@@ -124,7 +124,7 @@ class Mixture(Task):
                     carried = carried + 0.0 * sum(p.sum() for p in objective.parameters() if p.requires_grad)
             else:
                 loss, own = objective(self._nets, views, clock, draw)
-                total = total + objective.config.weight * loss
+                total = total + objective.weight(clock) * loss
                 metrics |= {f"{name}/{metric}": value for metric, value in own.items()}
         return total + carried, metrics | {"loss": total.detach()}
 
