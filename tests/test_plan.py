@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from vitssl.errors import ConfigError
 from vitssl.plan import Plan, run_length, scaled_lr, split_batch, training_memory
@@ -155,6 +156,12 @@ def test_the_plan_shows_every_number():
     assert len(PLAN.lines()) == len(lines)
 
 
+def test_a_changing_decay_is_shown():
+    plan = dataclasses.replace(PLAN, weight_decay=0.04, final_weight_decay=0.4)
+    assert dict(plan.lines())["decay"] == "0.04 to 0.4 along a half cosine"
+    assert len(plan.lines()) == len(PLAN.lines()) + 1
+
+
 def test_the_plan_is_saved_whole(tmp_path: Path):
     PLAN.save(tmp_path / "plan.json")
     saved = json.loads((tmp_path / "plan.json").read_text())
@@ -167,3 +174,16 @@ def test_the_plans_schedule():
     assert schedule.at(PLAN.warmup_steps) == PLAN.lr
     assert schedule.at(PLAN.steps) == pytest.approx(1e-6)
     assert math.isclose(PLAN.steps_per_epoch, 50_000 / 1200)
+
+
+@pytest.mark.parametrize("final", [0.4, 0.0])
+def test_the_decay_is_dinos(final: float):
+    """Its ``cosine_scheduler`` without warm-up, whose last value is the one before ``final``; nothing else moves it."""
+    plan = dataclasses.replace(PLAN, weight_decay=0.04, final_weight_decay=final, steps=200)
+    found = [plan.decay_schedule().at(step) for step in range(200)]
+    if final:
+        official = load_file(Path(__file__).parent / "golden/dino/outputs.safetensors")["sched.wd_official_defaults"]
+        assert found == pytest.approx(official.tolist(), rel=1e-12)
+    assert found[0] == pytest.approx(0.04) and abs(found[-1] - final) < 1e-4
+    still = dataclasses.replace(plan, final_weight_decay=None).decay_schedule()
+    assert {still.at(step) for step in (0, 100, 200)} == {0.04}  # exactly

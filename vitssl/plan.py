@@ -36,6 +36,8 @@ class Plan:
     costs: list[str] = field(default_factory=list)  # of reading this data, in words
     parameters: dict[str, int] = field(default_factory=dict)  # per rule, counted once each
     memory: dict[str, int] = field(default_factory=dict)  # bytes per process
+    weight_decay: float = 0.0
+    final_weight_decay: float | None = None  # None: it stays
     waiting_steps: int = 0  # at the beginning, in which the encoder keeps its weights
 
     @property
@@ -45,6 +47,12 @@ class Plan:
     def lr_schedule(self, *, final: float) -> Schedule:
         """Warm-up from zero and half cosine, per iteration."""
         return Schedule(peak=self.lr, final=final, warmup=self.warmup_steps, total=self.steps)
+
+    def decay_schedule(self) -> Schedule:
+        """The weight decay, per iteration: constant, or half a cosine without warm-up, as in DINO's ``cosine_scheduler``."""
+        if self.final_weight_decay is None:
+            return Schedule(peak=self.weight_decay, shape="constant")
+        return Schedule(peak=self.weight_decay, final=self.final_weight_decay, total=self.steps)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -64,11 +72,16 @@ class Plan:
             ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),
             ("batch", batch),
             ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, {then}"),
+            *([] if self.final_weight_decay is None else [("decay", self._decay)]),
             *([("wait", f"{self.waiting_steps:,} steps in which the encoder keeps its weights")] if self.waiting_steps else []),
             ("engine", f"{self.engine}, {self.precision}, {self.device}"),
             *((f"rule {rule}", f"{count:,} parameters") for rule, count in self.parameters.items()),
             ("memory", ", ".join(f"{part} {_bytes(size)}" for part, size in self.memory.items()) + " per process"),
         ]
+
+    @property
+    def _decay(self) -> str:
+        return f"{self.weight_decay:g} to {self.final_weight_decay:g} along a half cosine"
 
 
 def scaled_lr(base_lr: float, rule: str, batch_size: int) -> tuple[float, str]:

@@ -115,7 +115,10 @@ class OptimConfig(Section):
     )
     final_lr: float = Field(0.0, ge=0, description="absolute learning rate at the end of the half cosine")
     warmup: Time = Field(Duration(5, "%"), description="linear warm-up from 0, as 40ep, 5% or steps")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW: decoupled, constant; SGD: times the weights, on the gradient")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW: decoupled; SGD: times the weights, on the gradient")
+    final_weight_decay: float | None = Field(
+        None, ge=0, description="at the end, along a half cosine from weight_decay (DINO); null: constant"
+    )
     momentum: Beta = Field(0.9, description="SGD's")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")

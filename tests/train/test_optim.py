@@ -15,7 +15,7 @@ from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.sections import OptimConfig
 from vitssl.task import Rule, decay_rules
-from vitssl.train.optim import MOMENTS, build_optimizer, covers, group_parameters, set_lr
+from vitssl.train.optim import MOMENTS, build_optimizer, covers, group_parameters, set_rates
 
 TABLES = json.loads((Path(__file__).parents[1] / "golden" / "mae" / "tables.json").read_text())
 CPU = torch.device("cpu")
@@ -76,8 +76,9 @@ def test_rules_and_config_reach_the_optimiser(ruled: type):
     assert found == {"a": (0.25, 0.2), "b": (1.0, 0.0)}
     assert all((group["betas"], group["eps"]) == ((0.8, 0.7), 1e-5) for group in optimizer.param_groups)
     assert [parameter is task.weight for parameter in optimizer.param_groups[0]["params"]] == [True]
-    set_lr(optimizer, 0.4)
+    set_rates(optimizer, lr=0.4, weight_decay=0.2)
     assert {group["rule"]: group["lr"] for group in optimizer.param_groups} == {"a": 0.1, "b": 0.4}
+    assert {group["rule"]: group["weight_decay"] for group in optimizer.param_groups} == {"a": 0.4, "b": 0.0}
 
 
 def test_pretraining_decays_what_mae_decays(small_mae: Callable):
@@ -106,7 +107,7 @@ def test_layer_decay_reaches_the_optimiser(pooling: str, table: str):
     head = ClassificationHead(24, 5, pooling=pooling, norm=norm)
     task = Classify(encoder, head, mean=(0.5,) * 3, std=(0.5,) * 3, layer_decay=0.75)
     optimizer = build_optimizer(task, OptimConfig(weight_decay=0.05), lr=1.0, device=CPU)
-    set_lr(optimizer, 2.0)
+    set_rates(optimizer, lr=2.0, weight_decay=0.05)
     names = {parameter: name for name, parameter in task.named_parameters()}
     found = {
         names[parameter].removeprefix("encoder.vit."): [group["lr"] / 2, group["weight_decay"]]
@@ -141,7 +142,7 @@ def test_sgd_by_a_slow_oracle(momentum: float, ruled: type):
     expected = {name: [parameter.detach().clone().double(), 0.0] for name, parameter in task.named_parameters()}
     for step in range(4):
         lr = 0.4 / (step + 1)
-        set_lr(optimizer, lr)
+        set_rates(optimizer, lr=lr, weight_decay=0.1)
         for name, parameter in task.named_parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
             weight, velocity = expected[name]

@@ -83,6 +83,7 @@ def fit(
     *,
     batches: Iterable[Batch],
     schedule: Schedule,
+    decay: Schedule,
     start: int,
     total: int,
     batch_size: int,
@@ -96,7 +97,8 @@ def fit(
     """Train from step ``start`` to ``total``; returns the step reached, less than ``total`` after Ctrl-C or SIGTERM,
     or where an event has ended the run.
 
-    ``consumed`` is told of every micro-batch as it is trained on.
+    ``schedule`` and ``decay``: learning rate and weight decay along the steps. ``consumed`` is told of every micro-batch as
+    it is trained on.
 
     It also saves when it is told to stop, and when the data fail: that DataError is raised again, with nothing lost. Raises
     TrainingError, before anything is saved, where a loss is not finite.
@@ -107,10 +109,11 @@ def fit(
         for step in range(start, total):
             clock = Clock(step=step, total=total, samples=step * batch_size, seed=seed)
             done = step + 1
+            rates = {"lr": schedule.at(step), "weight_decay": decay.at(step)}
             report_due = done % log_every == 0 or done == total
             events_due = [event for event in events if event.due(done, total)]
             try:
-                norm = _step(engine, clock, feed, window, consumed, lr=schedule.at(step), want_norm=report_due)
+                norm = _step(engine, clock, feed, window, consumed, **rates, want_norm=report_due)
             except DataError:
                 _flush(window, step, report, {})
                 saving.now(step)
@@ -118,7 +121,8 @@ def fit(
             stopping, overdue = agreement.vote(stop[0], saving.overdue())
             save_due = stopping or overdue or done % saving.every == 0 or done == total
             if report_due:
-                measured = _measure(window, norm, lr=schedule.at(step), batch_size=batch_size)
+                shown = rates if decay.shape != "constant" else {"lr": rates["lr"]}
+                measured = shown | _measure(window, norm, batch_size=batch_size)
                 _flush(window, done, report, measured)
                 _line(window, clock, measured, report, batch_size=batch_size)
                 window = Window(replaced=window.replaced)
@@ -184,9 +188,10 @@ def _step(
     consumed: Callable[[Batch], None],
     *,
     lr: float,
+    weight_decay: float,
     want_norm: bool,
 ) -> Tensor | float | None:
-    engine.waiting.begin_step(clock.step, engine.optimizer, lr=lr)
+    engine.waiting.begin_step(clock.step, engine.optimizer, lr=lr, weight_decay=weight_decay)
 
     def micro_batches() -> Iterator[Batch]:
         for _ in range(engine.accumulation):
@@ -205,12 +210,12 @@ def _step(
     return norm
 
 
-def _measure(window: Window, norm: Tensor | float | None, *, lr: float, batch_size: int) -> dict[str, float]:
+def _measure(window: Window, norm: Tensor | float | None, *, batch_size: int) -> dict[str, float]:
     """What the host knows of a window. Reading the norm waits for the device, so the times are of finished steps."""
     norm = float("nan") if norm is None else float(norm)
     elapsed = max(1e-9, time.perf_counter() - window.began - window.paused)
     rate = (len(window.rows) + len(window.steps)) * batch_size / elapsed
-    return {"lr": lr, "grad_norm": norm, "images_per_s": float(f"{rate:.5g}"), "data_wait": round(window.waited / elapsed, 4)}
+    return {"grad_norm": norm, "images_per_s": float(f"{rate:.5g}"), "data_wait": round(window.waited / elapsed, 4)}
 
 
 def _flush(window: Window, done: int, report: Report, measured: dict[str, float]) -> None:

@@ -60,15 +60,15 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or SGD with heavy-ball momentum over the task's rules, fused where the device has it.
 
-    Each group carries ``lr_scale`` and ``rule``; the loop sets ``lr = schedule x lr_scale``. Parameters called in ``waiting``
-    have groups of their own, which say so by ``waits``.
+    Each group carries ``rule``, ``lr_scale`` and ``decay_scale``, by which :func:`set_rates` follows the run. Parameters called
+    in ``waiting`` have groups of their own, which say so by ``waits``.
     """
     parameters = dict(task.named_parameters())
     groups = [
         {
             "params": [parameters[name] for name in names],
             "weight_decay": config.weight_decay * group.rule.weight_decay,
-            "decay": config.weight_decay * group.rule.weight_decay,
+            "decay_scale": group.rule.weight_decay,
             "lr_scale": group.rule.lr_scale,
             "rule": group.rule.name,
             "waits": waits,
@@ -83,9 +83,9 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, *, waiting: bool = False) -> None:
-    """Give every group its share of the scheduled learning rate; those that wait get none, and no decay."""
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, waiting: bool = False) -> None:
+    """Give every group its share of the scheduled learning rate and weight decay; those that wait get none of either."""
     for group in optimizer.param_groups:
         held = waiting and group["waits"]
         group["lr"] = 0.0 if held else lr * group["lr_scale"]
-        group["weight_decay"] = 0.0 if held else group["decay"]
+        group["weight_decay"] = 0.0 if held else weight_decay * group["decay_scale"]

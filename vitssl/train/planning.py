@@ -106,6 +106,8 @@ def make_plan(
         costs=costs(source, config.data, layouts, readers=readers) + _exact(task, accumulation),
         parameters={group.rule.name: group.size for group in groups} | others,
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
+        weight_decay=config.optim.weight_decay,
+        final_weight_decay=config.optim.final_weight_decay,
         waiting_steps=waiting,
     )
 

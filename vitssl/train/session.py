@@ -133,6 +133,7 @@ class Session:
                 self.engine,
                 batches=bearable(feed, max_fraction=config.data.max_bad_fraction, seen=self.start * plan.batch_size, bad=bad),
                 schedule=plan.lr_schedule(final=config.optim.final_lr),
+                decay=plan.decay_schedule(),
                 start=self.start,
                 total=plan.steps,
                 batch_size=plan.batch_size,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitssl.task import Task
-from vitssl.train.optim import set_lr
+from vitssl.train.optim import set_rates
 
 
 class Waiting:
@@ -25,10 +25,10 @@ class Waiting:
         for name in self.names:
             parameters[name].register_hook(self._gradient)
 
-    def begin_step(self, step: int, optimizer: torch.optim.Optimizer, *, lr: float) -> None:
-        """Before the gradients of ``step`` (from 0): hold or release, and give the groups their learning rate."""
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+        """Before the gradients of ``step`` (from 0): hold or release, and give the groups their rate and decay."""
         self.held = step < self.steps
-        set_lr(optimizer, lr, waiting=self.held)
+        set_rates(optimizer, lr=lr, weight_decay=weight_decay, waiting=self.held)
 
     def end_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After an update by torch's ``optimizer``: one that held the encoder does not count."""
