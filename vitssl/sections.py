@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, ValidationInfo, field_validator
 
 from vitssl.config import Count, Every, Section, Time
 from vitssl.schedule import Duration
@@ -122,7 +122,17 @@ class OptimConfig(Section):
     momentum: Beta = Field(0.9, description="SGD's")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    clip: float | None = Field(None, gt=0, description="largest global gradient norm; null: none")
+    clip: float | None = Field(None, gt=0, description="largest norm of the gradient; null: none")
+    clip_by: Literal["global", "parameter"] = Field(
+        "global", description="norm of all gradients together, or of each parameter's alone (DINO)"
+    )
+
+    @field_validator("clip_by")
+    @classmethod
+    def _clips(cls, value: str, info: ValidationInfo) -> str:
+        if value == "parameter" and info.data.get("clip", 1.0) is None:
+            raise ValueError("says whose norm is bounded, and optim.clip gives no bound; set it, or leave this out")
+        return value
 
 
 class LaunchConfig(Section):

@@ -12,6 +12,7 @@ import torch
 STEPS = ("length=8", "optim.warmup=2", "checkpoint.every=4", "checkpoint.keep_last=9", "heldout.every=8")
 
 SETTINGS = {
+    "clip": ("optim.clip=0.02", "optim.clip_by=parameter"),
     "decay": ("optim.weight_decay=0.1", "optim.final_weight_decay=20.0"),
 }
 

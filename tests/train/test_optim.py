@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from vitssl.errors import ConfigError
@@ -15,9 +16,10 @@ from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.sections import OptimConfig
 from vitssl.task import Rule, decay_rules
-from vitssl.train.optim import MOMENTS, build_optimizer, covers, group_parameters, set_rates
+from vitssl.train.optim import MOMENTS, build_optimizer, clip_each, covers, group_parameters, set_rates
 
-TABLES = json.loads((Path(__file__).parents[1] / "golden" / "mae" / "tables.json").read_text())
+GOLDEN = Path(__file__).parents[1] / "golden"
+TABLES = json.loads((GOLDEN / "mae" / "tables.json").read_text())
 CPU = torch.device("cpu")
 ALL = {"weight": (2, 3), "bias": (3,), "token": (1, 1, 3)}
 
@@ -126,6 +128,22 @@ def test_a_linear_probe_trains_only_its_head():
     task = Classify(encoder, head, mean=(0.5,) * 3, std=(0.5,) * 3, mode="linear")
     names = {name for group in group_parameters(task) for name in group.names}
     assert names == {name for name, _ in task.named_parameters() if name.startswith("head.")} != set()
+
+
+def test_each_gradient_is_clipped_as_dino_clips_it():
+    clip = json.loads((GOLDEN / "dino/meta.json").read_text())["config"]["clip"]
+    official = load_file(GOLDEN / "dino/outputs.safetensors")
+    raw, clipped = (under(official, part) for part in ("model_grad/", "model_clipped_grad/"))
+    assert list(raw) == list(clipped) and len(raw) == len(official["model.clip_norms"])
+    names = [name for name in raw if not torch.equal(raw[name], clipped[name])]
+    assert 3 < len(names) < len(raw), "some are clipped and some are not"
+    clip_each(list(raw.values()), clip)
+    for name, gradient in raw.items():
+        torch.testing.assert_close(gradient, clipped[name], rtol=1e-12, atol=0)
+
+
+def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.0])

@@ -167,6 +167,13 @@ def test_a_batch_that_does_not_divide_is_refused(small_mae: Callable, monkeypatc
         make_plan(config(), small_mae(), images(100))
 
 
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_norms_of_one_parameter_are_not_to_be_had_of_flat_partitions(engine: str, small_mae: Callable):
+    settings = config(optim={"clip": 1.0, "clip_by": "parameter"}, launch={"engine": engine})
+    with pytest.raises(ConfigError, match=rf"optim.clip_by=parameter with launch.engine={engine}: DeepSpeed clips by"):
+        make_plan(settings, small_mae(), images(100))
+
+
 def test_memory_of_nothing():
     assert activation_memory([], width=4, fused=True, checkpointing=True) == 0
     assert Stack(10, 8, 0, 2).block(width=4, fused=False) == 10 * 8 * 64 + 2 * 100 * 4

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -24,7 +24,7 @@ from vitssl.models.adapters.timm_vit import fuse_attention
 from vitssl.schedule import Clock
 from vitssl.sections import LaunchConfig, OptimConfig
 from vitssl.task import Batch, Task
-from vitssl.train.optim import MOMENTS, build_optimizer
+from vitssl.train.optim import MOMENTS, build_optimizer, clip_each
 from vitssl.train.waiting import Waiting
 from vitssl.views import purpose
 
@@ -76,10 +76,11 @@ class Engine:
         micro_batch: int,
         accumulation: int,
         clip: float | None,
+        clip_by: Literal["global", "parameter"] = "global",
         trackers: list[str],
         folder: Path,
     ) -> None:
-        self.config, self.accumulation, self.clip = config, accumulation, clip
+        self.config, self.accumulation, self.clip, self.clip_by = config, accumulation, clip, clip_by
         device = dist.choose_device(config.device)
         self.precision = choose_precision(config, device)
         _refuse_conflicts(config, device, self.precision)
@@ -166,7 +167,9 @@ class Engine:
             self.accelerator.unscale_gradients()
             parameters = [p for p in self.named_parameters.values() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            if self.clip is not None:
+            if self.clip is not None and self.clip_by == "parameter":
+                clip_each([p.grad for p in parameters], self.clip)
+            elif self.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         self.optimizer.step()
         self.waiting.end_step(self.torch_optimizer)

@@ -1,11 +1,11 @@
 """Optimisation: parameter rules as data, each parameter covered by exactly one, and the optimiser built from them."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitssl.errors import ConfigError
 from vitssl.sections import OptimConfig
@@ -81,6 +81,12 @@ def build_optimizer(
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def clip_each(gradients: Sequence[Tensor], clip: float) -> None:
+    """Shrink each gradient, in place, to a norm of ``clip`` where it is longer: DINO's ``clip_gradients``."""
+    norms = torch._foreach_norm(gradients)
+    torch._foreach_mul_(gradients, [(clip / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, waiting: bool = False) -> None:

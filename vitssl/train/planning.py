@@ -61,6 +61,7 @@ def make_plan(
 
     Raises ConfigError where the config cannot be run.
     """
+    _refuse_flat_partitions(config)
     device = dist.choose_device(config.launch.device)
     precision = choose_precision(config.launch, device)
     micro_batch, accumulation = batch_split(config, task)
@@ -110,6 +111,15 @@ def make_plan(
         final_weight_decay=config.optim.final_weight_decay,
         waiting_steps=waiting,
     )
+
+
+def _refuse_flat_partitions(config: ProgramConfig) -> None:
+    """DeepSpeed lays parameters end to end and cuts the line among the processes, so nobody sees one parameter's norm."""
+    if config.launch.engine.startswith("zero") and config.optim.clip_by == "parameter":
+        raise ConfigError(
+            f"optim.clip_by=parameter with launch.engine={config.launch.engine}: DeepSpeed clips by the norm of all gradients"
+            " alone; take optim.clip_by=global, or launch.engine=ddp"
+        )
 
 
 def _exact(task: Task, accumulation: int) -> list[str]:

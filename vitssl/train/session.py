@@ -174,6 +174,7 @@ def begin_session(
         micro_batch=micro_batch,
         accumulation=accumulation,
         clip=config.optim.clip,
+        clip_by=config.optim.clip_by,
         trackers=config.log.trackers,
         folder=folder,
     )
