@@ -109,11 +109,11 @@ class PretrainConfig(ProgramConfig):
     init: StartConfig = StartConfig()
 
     @property
-    def head_warmup(self) -> Duration:
-        """Fresh heads on given weights warm up alone; an encoder that is fresh as well never waits."""
+    def head_warmup(self) -> Duration | None:
+        """How long the encoder waits while fresh heads on given weights warm up alone; one that is fresh as well never does."""
         if self.init.head_warmup is not None:
             return self.init.head_warmup
-        return Duration(0, "steps") if self.init.weights is None else Duration(5, "%")
+        return None if self.init.weights is None else Duration(5, "%")
 
 
 def read(argv: Sequence[str]) -> tuple[PretrainConfig | None, Command]:

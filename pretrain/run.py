@@ -96,7 +96,8 @@ def build_task(config: PretrainConfig) -> Mixture:
     encoder = Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"}))
     encoder.spec.refuse_pooling(config.pooling)
     parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}
-    return Mixture(encoder, parts, momentum=config.teacher.schedule, mean=config.data.mean, std=config.data.std)
+    statistics = {"mean": config.data.mean, "std": config.data.std}
+    return Mixture(encoder, parts, momentum=config.teacher.schedule, waits=config.head_warmup, **statistics)
 
 
 def plain_mae(task: Mixture) -> PlainMAE:

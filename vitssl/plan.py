@@ -38,7 +38,7 @@ class Plan:
     memory: dict[str, int] = field(default_factory=dict)  # bytes per process
     weight_decay: float = 0.0
     final_weight_decay: float | None = None  # None: it stays
-    waiting_steps: int = 0  # at the beginning, in which the encoder keeps its weights
+    waits: dict[str, int] = field(default_factory=dict)  # rule -> first steps, in which its parameters stay
 
     @property
     def steps_per_epoch(self) -> float:
@@ -73,11 +73,17 @@ class Plan:
             ("batch", batch),
             ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, {then}"),
             *([] if self.final_weight_decay is None else [("decay", self._decay)]),
-            *([("wait", f"{self.waiting_steps:,} steps in which the encoder keeps its weights")] if self.waiting_steps else []),
+            *(("wait", f"{steps:,} steps in which {who} keeps its weights") for who, steps in self._waiting.items()),
             ("engine", f"{self.engine}, {self.precision}, {self.device}"),
             *((f"rule {rule}", f"{count:,} parameters") for rule, count in self.parameters.items()),
             ("memory", ", ".join(f"{part} {_bytes(size)}" for part, size in self.memory.items()) + " per process"),
         ]
+
+    @property
+    def _waiting(self) -> dict[str, int]:
+        """Who waits, in words: the encoder's rules are one."""
+        named = [("the encoder" if rule.startswith("encoder.") else rule, steps) for rule, steps in self.waits.items()]
+        return dict(named)
 
     @property
     def _decay(self) -> str:

@@ -188,11 +188,6 @@ class ProgramConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     init: InitConfig = InitConfig()
 
-    @property
-    def head_warmup(self) -> Duration:
-        """How long the encoder waits at the beginning, while what is fresh on top of it warms up."""
-        return Duration(0, "steps")
-
 
 CHANGEABLE = (
     "length",

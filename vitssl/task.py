@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitssl.plan import Stack
-from vitssl.schedule import Clock
+from vitssl.schedule import Clock, Duration
 from vitssl.views import View
 
 Draw = Callable[[str, int], Tensor]
@@ -80,13 +80,14 @@ class Rule:
     lr_scale: float = 1.0  # times the run's learning rate
     weight_decay: float = 1.0  # times the run's weight decay
     vectors: bool | None = None  # True: vectors only; False: all others only; None: both
+    waits: Duration | None = None  # from the run's first step, while its parameters keep their values; None: not at all
 
 
-def decay_rules(pattern: str = ".*", *, prefix: str = "", lr_scale: float = 1.0) -> list[Rule]:
+def decay_rules(pattern: str = ".*", *, prefix: str = "", lr_scale: float = 1.0, waits: Duration | None = None) -> list[Rule]:
     """The field's usual pair for the parameters of a pattern: matrices decay, vectors do not."""
     return [
-        Rule(f"{prefix}decay", pattern, lr_scale=lr_scale, weight_decay=1.0, vectors=False),
-        Rule(f"{prefix}no_decay", pattern, lr_scale=lr_scale, weight_decay=0.0, vectors=True),
+        Rule(f"{prefix}decay", pattern, lr_scale=lr_scale, weight_decay=1.0, vectors=False, waits=waits),
+        Rule(f"{prefix}no_decay", pattern, lr_scale=lr_scale, weight_decay=0.0, vectors=True, waits=waits),
     ]
 
 

@@ -35,8 +35,9 @@ def test_the_encoder_waits_then_trains(waited, exported) -> None:
         heads = [tensor for name, tensor in tensors.items() if name.startswith("moments/exp_avg/objectives.")]
         assert all(tensor.any() for tensor in heads)
         facts = json.loads((waited.checkpoints()[step - 1] / "manifest.json").read_text())["facts"]
-        assert facts["updates"] == step and facts["waiting"] == {"steps": 6, "updates": max(0, step - 6)}
-    assert json.loads((waited.folder / "plan.json").read_text())["waiting_steps"] == 6
+        waits = {"steps": 6, "updates": max(0, step - 6)}
+        assert facts["updates"] == step and facts["waiting"] == dict.fromkeys(("encoder.decay", "encoder.no_decay"), waits)
+    assert set(json.loads((waited.folder / "plan.json").read_text())["waits"].values()) == {6}
     assert "6 steps in which the encoder keeps its weights" in waited.out
     assert f"encoder from {exported.folder}: every tensor as it is" in waited.out
 
@@ -70,7 +71,7 @@ def test_a_longer_run_does_not_wait_again(pretrain: Callable, exported, tmp_path
     options = ("init.head_warmup=25%", f"init.weights={exported.folder}", "checkpoint.every=1", "checkpoint.keep_last=99")
     assert equal_bits(pretrain(tmp_path / "run", *options, "length=4").ok().tensors(0), {})
     run = pretrain(tmp_path / "run", *options, "length=20").ok()
-    assert json.loads((run.folder / "plan.json").read_text())["waiting_steps"] == 1
+    assert set(json.loads((run.folder / "plan.json").read_text())["waits"].values()) == {1}
     for step in range(2, 6):
         ours, before = run.tensors(step - 1), run.tensors(step - 2)
         assert not torch.equal(ours[f"state/{ENCODER}norm.weight"], before[f"state/{ENCODER}norm.weight"])

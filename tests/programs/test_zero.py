@@ -85,9 +85,10 @@ def test_one_engine_goes_on_from_anothers_checkpoint(
         (["launch.engine=zero1"], 1e-5),
         (["launch.engine=zero2", "micro_batch=2"], 1e-5),
         (["launch.engine=zero2", "optim.clip=0.1"], 1e-5),
+        (["launch.engine=zero2", "optim.weight_decay=0.1", "optim.final_weight_decay=20"], 1e-5),
         (["launch.engine=zero2", "launch.precision=bf16"], 5e-3),
     ],
-    ids=["zero1", "accumulated", "clipped", "bf16"],
+    ids=["zero1", "accumulated", "clipped", "decayed", "bf16"],
 )
 def test_it_equals_ddp_in_every_setting(pretrain: Callable, tmp_path: Path, overrides: list[str], tolerance: float) -> None:
     ours = pretrain(tmp_path / "zero", *overrides, processes=2, trap=SPY).ok()

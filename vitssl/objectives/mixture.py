@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from vitssl.models.twin import Twin
 from vitssl.objectives import health
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
-from vitssl.schedule import Clock, Schedule
+from vitssl.schedule import Clock, Duration, Schedule
 from vitssl.task import Batch, Draw, Embeddings, Phase, Rule, Task, decay_rules
 from vitssl.views import View, purpose
 
@@ -23,7 +24,8 @@ from vitssl.views import View, purpose
 class Mixture(Task):
     """The pretraining task: encoder, objectives by name, and a teacher where one is needed.
 
-    ``momentum``: of the teacher along the run; by default what the objectives that need one say. ``mean`` and ``std``: per
+    ``momentum``: of the teacher along the run; by default what the objectives that need one say. ``waits``: how long the
+    encoder keeps its weights at the beginning, while what is fresh on top of it warms up. ``mean`` and ``std``: per
     channel, in units of [0, 1]. Raises ConfigError where objectives disagree about their teacher, for a momentum that
     nobody needs, or statistics that do not fit the encoder's channels.
     """
@@ -34,6 +36,7 @@ class Mixture(Task):
         objectives: Mapping[str, Objective],
         *,
         momentum: Schedule | None = None,
+        waits: Duration | None = None,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
@@ -41,7 +44,7 @@ class Mixture(Task):
         if not objectives:
             raise ConfigError("objectives: a run needs at least one, as in objectives.mae={}")
         self.couples_samples = any(objective.couples_samples for objective in objectives.values())
-        self.encoder = encoder
+        self.encoder, self.waits = encoder, waits
         self.momentum = _momentum(objectives, momentum)
         self.teacher = None if self.momentum is None else Twin(encoder)
         self.objectives = nn.ModuleDict(objectives)
@@ -175,15 +178,18 @@ class Mixture(Task):
         return self.normalize(images)
 
     def param_rules(self) -> list[Rule]:
-        """The usual pair for everything but the objectives that bring rules for their own parameters."""
-        own = {name: objective.param_rules() for name, objective in self.objectives.items()}
-        taken = [name for name, rules in own.items() if rules]
-        others = "".join(rf"(?!objectives\.{re.escape(name)}\.)" for name in taken) + ".*"
-        return decay_rules(others) + [
-            Rule(f"{name}.{rule.name}", rf"objectives\.{re.escape(name)}\.(?:{rule.pattern})",
-                 rule.lr_scale, rule.weight_decay, rule.vectors)
-            for name in taken for rule in own[name]
-        ]  # fmt: skip
+        """The usual pair for everything but an encoder that waits and objectives that bring rules for their own parameters."""
+        own = {rf"objectives\.{re.escape(name)}\.": (name, each.param_rules()) for name, each in self.objectives.items()}
+        rules = [
+            replace(rule, name=f"{name}.{rule.name}", pattern=f"{place}(?:{rule.pattern})")
+            for place, (name, rules) in own.items()
+            for rule in rules
+        ]
+        taken = [place for place, (_, rules) in own.items() if rules]
+        if self.waits is not None:
+            rules = decay_rules(r"encoder\..*", prefix="encoder.", waits=self.waits) + rules
+            taken.append(r"encoder\.")
+        return decay_rules("".join(f"(?!{place})" for place in taken) + ".*") + rules
 
 
 def _momentum(objectives: Mapping[str, Objective], asked: Schedule | None) -> Schedule | None:

@@ -7,7 +7,7 @@ the launcher says how many processes there are, our config says which engine; wh
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -118,10 +118,10 @@ class Engine:
         """The optimiser below Accelerate's and DeepSpeed's."""
         return self.wrapped.optimizer.optimizer if self.kind == "deepspeed" else self.optimizer.optimizer
 
-    def prepare(self, task: Task, config: OptimConfig, *, lr: float, waiting: int = 0) -> None:
+    def prepare(self, task: Task, config: OptimConfig, *, lr: float, waits: Mapping[str, int] | None = None) -> None:
         """Switch on what ``launch:`` asks for, build the optimiser and wrap the task; from here on only the engine calls it.
 
-        The encoder keeps its weights for the first ``waiting`` steps of the run.
+        ``waits``: for how many steps at the beginning of the run the parameters of a rule keep their values.
         """
         for part in task.modules():
             if hasattr(part, "checkpointing"):
@@ -131,8 +131,8 @@ class Engine:
         if not fuses_attention(self.device.type, self.precision):
             fuse_attention(task, False)
         self.task, self.moments = task.to(self.device), MOMENTS[config.name]
-        self.waiting = Waiting(task, waiting)
-        optimizer = build_optimizer(task, config, lr=lr, device=self.device, waiting=self.waiting.names)
+        optimizer = build_optimizer(task, config, lr=lr, device=self.device, waits=waits)
+        self.waiting = Waiting(optimizer)
         self.wrapped, self.optimizer = self.accelerator.prepare(task, optimizer)
         self.named_parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}
 

@@ -1,7 +1,7 @@
 """Optimisation: parameter rules as data, each parameter covered by exactly one, and the optimiser built from them."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,26 +56,24 @@ def covers(rule: Rule, name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(
-    task: Task, config: OptimConfig, *, lr: float, device: torch.device, waiting: Collection[str] = ()
+    task: Task, config: OptimConfig, *, lr: float, device: torch.device, waits: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or SGD with heavy-ball momentum over the task's rules, fused where the device has it.
 
-    Each group carries ``rule``, ``lr_scale`` and ``decay_scale``, by which :func:`set_rates` follows the run. Parameters called
-    in ``waiting`` have groups of their own, which say so by ``waits``.
+    Each group is a ``rule`` and carries ``lr_scale``, ``decay_scale`` and the first steps in which it ``waits`` (by rule), by
+    which :func:`set_rates` follows the run.
     """
     parameters = dict(task.named_parameters())
     groups = [
         {
-            "params": [parameters[name] for name in names],
+            "params": [parameters[name] for name in group.names],
             "weight_decay": config.weight_decay * group.rule.weight_decay,
             "decay_scale": group.rule.weight_decay,
             "lr_scale": group.rule.lr_scale,
             "rule": group.rule.name,
-            "waits": waits,
+            "waits": (waits or {}).get(group.rule.name, 0),
         }
         for group in group_parameters(task)
-        for waits in (False, True)
-        if (names := [name for name in group.names if (name in waiting) == waits])
     ]
     fused = device.type in ("cuda", "cpu")
     if config.name == "sgd":
@@ -89,9 +87,9 @@ def clip_each(gradients: Sequence[Tensor], clip: float) -> None:
     torch._foreach_mul_(gradients, [(clip / (norm + 1e-6)).clamp(max=1.0) for norm in norms])
 
 
-def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, waiting: bool = False) -> None:
-    """Give every group its share of the scheduled learning rate and weight decay; those that wait get none of either."""
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, step: int = 0) -> None:
+    """Give every group its share of the scheduled learning rate and weight decay; those that wait at ``step`` get neither."""
     for group in optimizer.param_groups:
-        held = waiting and group["waits"]
+        held = step < group["waits"]
         group["lr"] = 0.0 if held else lr * group["lr_scale"]
         group["weight_decay"] = 0.0 if held else weight_decay * group["decay_scale"]

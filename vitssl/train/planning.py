@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from vitssl.errors import ConfigError
 from vitssl.models.twin import Twin
 from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
-from vitssl.task import Task
+from vitssl.task import Rule, Task
 from vitssl.train.launch import choose_precision, fuses_attention
 from vitssl.train.optim import MOMENTS, group_parameters
 
@@ -54,10 +54,10 @@ def make_plan(
     source: Source,
     *,
     layouts: Sequence[Layout] | None = None,
-    waiting: int | None = None,
+    waits: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Every derived number of the run. ``layouts`` of its order and ``waiting`` steps of its encoder are those that it was
-    begun with, where it was: a share of a longer run would make an encoder wait that has long begun.
+    """Every derived number of the run. ``layouts`` of its order and the steps that a rule ``waits`` are those that it was begun
+    with, where it was: a share of a longer run would make an encoder wait that has long begun.
 
     Raises ConfigError where the config cannot be run.
     """
@@ -67,15 +67,9 @@ def make_plan(
     micro_batch, accumulation = batch_split(config, task)
     samples = source.num_samples
     steps = run_length(config.length, samples=samples, batch_size=config.batch_size)
-    if waiting is None:
-        waiting = config.head_warmup.steps(per_epoch=samples / config.batch_size, total=steps)
-    if waiting >= steps:
-        raise ConfigError(
-            f"init.head_warmup={config.head_warmup}: the encoder would wait for {waiting:,} steps and the run has {steps:,}, so"
-            " it would never train; shorten it, or make the run longer"
-        )
-    lr, rule = scaled_lr(config.optim.base_lr, config.optim.lr_rule, config.batch_size)
     groups = group_parameters(task)
+    waits = _waits([group.rule for group in groups], waits, steps=steps, per_epoch=samples / config.batch_size)
+    lr, rule = scaled_lr(config.optim.base_lr, config.optim.lr_rule, config.batch_size)
     each = activations(task.stacks(), config, precision)
     chosen = choose_workers(config.data, device=device)
     layouts = layouts or choose_layouts(source, config.data, loaders=dist.world() * max(1, chosen))
@@ -109,8 +103,24 @@ def make_plan(
         memory=_state_memory(config, task) | {"activations (estimate)": micro_batch * each},
         weight_decay=config.optim.weight_decay,
         final_weight_decay=config.optim.final_weight_decay,
-        waiting_steps=waiting,
+        waits=waits,
     )
+
+
+def _waits(rules: Sequence[Rule], begun: Mapping[str, int] | None, *, steps: int, per_epoch: float) -> dict[str, int]:
+    """rule -> steps, of those that wait. Raises ConfigError for one that would do nothing else."""
+    found = {}
+    for rule in rules:
+        asked = 0 if rule.waits is None else rule.waits.steps(per_epoch=per_epoch, total=steps)
+        found[rule.name] = asked if begun is None else begun.get(rule.name, 0)
+        if found[rule.name] >= steps:
+            encoder = rule.name.startswith("encoder.")
+            key, what = ("init.head_warmup", "the encoder") if encoder else (f"the wait of {rule.name}", "that")
+            raise ConfigError(
+                f"{key}={rule.waits}: {what} would wait for {found[rule.name]:,} steps and the run has {steps:,}, so it would"
+                " never train; shorten it, or make the run longer"
+            )
+    return {name: number for name, number in found.items() if number}
 
 
 def _refuse_flat_partitions(config: ProgramConfig) -> None:

@@ -42,7 +42,7 @@ from vitssl.train.folder import (
 from vitssl.train.launch import Engine
 from vitssl.train.loop import Event, Saving, fit
 from vitssl.train.planning import batch_split, make_plan, outline
-from vitssl.train.state import create_optimizer, gather, load_optimizer, load_task
+from vitssl.train.state import create_optimizer, gather, load_optimizer, load_task, waited
 from vitssl.views import View
 
 Open = Callable[[Report], Source]
@@ -187,8 +187,8 @@ def begin_session(
     if saved:
         refuse_other_data(saved, source, where=where)
     layouts = [Layout(*each) for each in saved.facts["layouts"]] if saved else None
-    waiting = saved.facts.get("waiting", {}).get("steps", 0) if saved else None
-    plan = make_plan(config, shape, source, layouts=layouts, waiting=waiting)
+    waits = {rule.name: waited(saved, rule.name)["steps"] for rule in shape.param_rules()} if saved else None
+    plan = make_plan(config, shape, source, layouts=layouts, waits=waits)
     if start >= plan.steps:
         finished = f"{where} is finished: step {start:,} of {plan.steps:,}. A larger length goes on"
         if where != folder:
@@ -212,7 +212,7 @@ def begin_session(
     report.pairs(f"plan of {folder}", plan.lines())
     if saved:
         report.say(f"continuing {where} from step {start:,}")
-    engine.prepare(task, config.optim, lr=plan.lr, waiting=plan.waiting_steps)
+    engine.prepare(task, config.optim, lr=plan.lr, waits=plan.waits)
     if saved:
         load_optimizer(engine, saved, where=where)
     else:

@@ -4,6 +4,7 @@ Names are the task's own, so a run saved under one engine continues under anothe
 replicated and the optimiser's moments live in flat partitions; DeepSpeed's public per-parameter functions put them together.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ def gather(engine: Engine, *, step: int, facts: dict[str, Any]) -> Saved:
         for name, parameter in engine.named_parameters.items():
             for moment in engine.moments:
                 moments[f"{moment}/{name}"] = engine.optimizer.state[parameter][moment]
-    updates, waited = _updates(engine, waits=False), _updates(engine, waits=True)
-    facts = {**facts, "updates": updates}
-    if engine.waiting.steps:
-        facts["waiting"] = {"steps": engine.waiting.steps, "updates": waited}
+    groups = engine.torch_optimizer.param_groups
+    waits = {each["rule"]: {"steps": each["waits"], "updates": _updates(engine, [each])} for each in groups if each["waits"]}
+    facts = {**facts, "updates": _updates(engine, [group for group in groups if not group["waits"]])}
+    facts |= {"waiting": waits} if waits else {}
     if engine.accelerator.scaler is not None:
         facts["scaler"] = engine.accelerator.scaler.state_dict()
     saved = Saved(step=step, state=engine.task.state_dict(), moments=moments, facts=facts)
@@ -61,8 +62,9 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
     if names != set(saved.moments):
         odd = sorted(names ^ set(saved.moments))
         raise CheckpointError(f"{where}: moments do not fit the trained parameters ({len(odd)} differ: {', '.join(odd[:3])})")
-    waiting = saved.facts.get("waiting", {}).get("updates", 0)
-    create_optimizer(engine, updates=saved.facts["updates"], waiting=waiting)
+    groups = engine.torch_optimizer.param_groups
+    waits = {group["rule"]: waited(saved, group["rule"])["updates"] for group in groups if group["waits"]}
+    create_optimizer(engine, updates=saved.facts["updates"], waits=waits)
     if engine.kind == "deepspeed":
         from deepspeed.utils import safe_set_full_optimizer_state
 
@@ -77,8 +79,16 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
         engine.accelerator.scaler.load_state_dict(saved.facts["scaler"])
 
 
-def create_optimizer(engine: Engine, *, updates: int = 0, waiting: int = 0) -> None:
-    """Zero moments, and AdamW's update count (of what has been ``waiting`` its own), as the optimiser's first step makes them.
+def waited(saved: Saved, rule: str) -> dict[str, int]:
+    """{"steps": that a rule was to wait, "updates": it has had since}; checkpoints once knew the encoder alone."""
+    known = saved.facts.get("waiting", {})
+    if "steps" in known:
+        return known if rule.startswith("encoder.") else {"steps": 0, "updates": 0}
+    return known.get(rule, {"steps": 0, "updates": 0})
+
+
+def create_optimizer(engine: Engine, *, updates: int = 0, waits: Mapping[str, int] | None = None) -> None:
+    """Zero moments, and AdamW's update count (its own for a rule that ``waits``), as the optimiser's first step makes them.
 
     Done at once under every engine: DeepSpeed 0.19 links moments to parameters after the first group's first step, when the
     other groups have none yet, and would never find theirs.
@@ -87,16 +97,14 @@ def create_optimizer(engine: Engine, *, updates: int = 0, waiting: int = 0) -> N
     counts = isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            number = float(waiting if group["waits"] else updates)
+            number = float((waits or {}).get(group["rule"], 0 if group["waits"] else updates))
             count = {"step": torch.tensor(number, device=parameter.device)} if counts else {}
             optimizer.state[parameter] = count | {moment: torch.zeros_like(parameter) for moment in engine.moments}
     if engine.kind == "deepspeed":
         engine.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _updates(engine: Engine, *, waits: bool) -> int:
-    """How often AdamW has moved the parameters that wait at the beginning, or the others: its bias correction counts these, and
-    skipped fp16 steps are none. SGD: 0."""
-    optimizer = engine.torch_optimizer
-    those = [group["params"][0] for group in optimizer.param_groups if group["waits"] == waits]
-    return int(optimizer.state[those[0]].get("step", 0)) if those else 0
+def _updates(engine: Engine, groups: Sequence[Mapping[str, Any]]) -> int:
+    """How often AdamW has moved the parameters of groups that move together: its bias correction counts these, and skipped
+    fp16 steps are none. SGD: 0."""
+    return int(engine.torch_optimizer.state[groups[0]["params"][0]].get("step", 0)) if groups else 0
