@@ -11,7 +11,7 @@ from vitssl.command import Command, help_text, parse
 from vitssl.config import Count, Every, Section, load
 from vitssl.report import show
 from vitssl.schedule import Duration
-from vitssl.sections import Area, Beta, Fraction, OptimConfig, ProgramConfig, Share, Size, SourceConfig
+from vitssl.sections import Area, Beta, Decay, Fraction, OptimConfig, ProgramConfig, Share, Size, SourceConfig
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "finetune" / "demo.yaml"
 FLAGS = {"--plan": "print every derived number and stop"}
@@ -75,8 +75,10 @@ class TestConfig(SourceConfig):
     )
 
 
-class LayerwiseConfig(OptimConfig):
-    layer_decay: float | None = Field(None, gt=0, le=1, description="learning rate x this per block below the head; null: off")
+class TuningConfig(OptimConfig):
+    decay: Decay = Field(
+        "layers", description="all: everything; matrices: not vectors; layers: nor tokens and positions (BEiT, MAE)"
+    )
 
 
 class FinetuneConfig(ProgramConfig):
@@ -111,7 +113,7 @@ class FinetuneConfig(ProgramConfig):
     balance: Annotated[Fraction, BeforeValidator(_power)] = Field(
         0.0, description="classes are drawn by (their images)^(1 - this); true or 1: equally; 0.5: by the root; 0: as they are"
     )
-    optim: LayerwiseConfig = LayerwiseConfig()
+    optim: TuningConfig = TuningConfig()
     head: HeadConfig = HeadConfig()
     teacher: TeacherConfig | None = None
     augment: AugmentConfig = AugmentConfig()

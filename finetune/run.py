@@ -182,6 +182,8 @@ def build_task(config: FinetuneConfig, num_classes: int, teacher: Teacher | None
         mode=config.mode,
         blocks=config.blocks,
         layer_decay=config.optim.layer_decay or 1.0,
+        patch_lr=config.optim.patch_lr,
+        decay=config.optim.decay,
         ema=config.ema,
         **own,
     )

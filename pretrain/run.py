@@ -97,7 +97,9 @@ def build_task(config: PretrainConfig) -> Mixture:
     encoder.spec.refuse_pooling(config.pooling)
     parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}
     statistics = {"mean": config.data.mean, "std": config.data.std}
-    return Mixture(encoder, parts, momentum=config.teacher.schedule, waits=config.head_warmup, **statistics)
+    optim = config.optim
+    rates = {"layer_decay": optim.layer_decay or 1.0, "patch_lr": optim.patch_lr, "decay": optim.decay}
+    return Mixture(encoder, parts, momentum=config.teacher.schedule, waits=config.head_warmup, **rates, **statistics)
 
 
 def plain_mae(task: Mixture) -> PlainMAE:

@@ -15,6 +15,8 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Strength = Annotated[float, Field(ge=0.0)]
+Decay = Literal["all", "matrices", "layers"]
+"""Which of an encoder's parameters a weight decay is for."""
 Size = Count | tuple[Count, Count]
 
 
@@ -116,10 +118,15 @@ class OptimConfig(Section):
     final_lr: float = Field(0.0, ge=0, description="absolute learning rate at the end of the half cosine")
     warmup: Time = Field(Duration(5, "%"), description="linear warm-up from 0, as 40ep, 5% or steps")
     weight_decay: float = Field(0.05, ge=0, description="AdamW: decoupled; SGD: times the weights, on the gradient")
+    decay: Decay = Field(
+        "matrices", description="all: everything (MoCo v3); matrices: not vectors (MAE, DINO); layers: nor tokens and positions"
+    )
     final_weight_decay: float | None = Field(
         None, ge=0, description="at the end, along a half cosine from weight_decay (DINO); null: constant"
     )
     momentum: Beta = Field(0.9, description="SGD's")
+    layer_decay: float | None = Field(None, gt=0, le=1, description="learning rate x this per block below the last; null: off")
+    patch_lr: Positive = Field(1.0, description="times the learning rate of the patch embedding (DINOv2: 0.2)")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient; null: none")

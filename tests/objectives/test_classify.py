@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from vitssl.errors import DataError
 from vitssl.models.encoder import Encoder, Tokens
 from vitssl.models.heads import ClassificationHead
-from vitssl.objectives.classify import Classify, layer_decay_rules, seeded
+from vitssl.objectives.classify import Classify, seeded
 from vitssl.schedule import Clock
 from vitssl.task import Batch
 from vitssl.views import View
@@ -128,36 +128,6 @@ def test_head_initialisation_and_pooling():
     assert head(tokens).shape == (2, 50)
     with pytest.raises(AssertionError):
         ClassificationHead(64, 50, pooling="class", norm=False)(tokens)
-
-
-@pytest.mark.parametrize("table", [key for key in TABLES if key.startswith("layer_decay")])
-def test_layer_decay_equals_mae(table: str):
-    depth = 12 if "vit_base" in table else META["depth"]
-    rules = layer_decay_rules(depth, META["ft"]["layer_decay"], prefix="")
-    for name, (lr_scale, weight_decay) in TABLES[table].items():
-        vector = name.endswith(".bias") or "norm" in name
-        (rule,) = [r for r in rules if re.fullmatch(r.pattern, name) and r.vectors in (None, vector)]
-        assert rule.lr_scale == pytest.approx(lr_scale, rel=1e-14)
-        assert rule.weight_decay * META["ft"]["wd"] == weight_decay
-
-
-@pytest.mark.parametrize("exempt", [(), ("pos_embed", "cls_token")])
-def test_layer_decay_covers_every_parameter_of_the_task_once(exempt: tuple):
-    body = encoder(registers=1)
-    model = Classify(body, ClassificationHead(24, 5, pooling="class", norm=False), mean=(0,) * 3, std=(1,) * 3, layer_decay=0.5)
-    rules = layer_decay_rules(2, 0.5, exempt=exempt)
-    assert len({rule.name for rule in rules}) == len(rules)
-    scales = {}
-    for name, parameter in model.named_parameters():
-        vector = parameter.ndim <= 1 or name.endswith(".bias")
-        (rule,) = [r for r in rules if re.fullmatch(r.pattern, name) and r.vectors in (None, vector)]
-        scales[name] = (rule.lr_scale, rule.weight_decay)
-    assert scales["encoder.vit.reg_token"] == (0.125, 1.0)
-    assert scales["encoder.vit.pos_embed"] == (0.125, 0.0 if exempt else 1.0)
-    assert scales["encoder.vit.blocks.1.mlp.fc1.weight"] == (0.5, 1.0)
-    assert scales["encoder.vit.norm.weight"] == (1.0, 0.0)
-    assert scales["head.head.weight"] == (1.0, 1.0)
-    assert model.param_rules() == layer_decay_rules(2, 0.5)
 
 
 def test_smoothing_is_the_field_s():

@@ -44,7 +44,7 @@ SETTINGS = {
     "no time between probes": (["heldout.every=0%"], ["heldout.every='0%': must be longer than 0"]),
     "no deviation": (["data.std=[0.2, 0, 0.2]"], ["data.std.1=0: input should be greater than 0"]),
     "an encoder without blocks": (["encoder.arguments.depth=0"], ["encoder.arguments.depth=0: an encoder without a block"]),
-    "a fine-tuning key": (["optim.layer_decay=0.5"], ["optim.layer_decay: unknown key"]),
+    "a fine-tuning key": (["drop_path=0.5"], ["drop_path: unknown key; did you mean encoder.drop_path?"]),
     "loss is no number": (["optim.base_lr=1e30"], ["the loss is nan at step 3; nothing of it was saved", "base_lr"]),
     "weights are no numbers": (RUINED, ["is not finite after step 1; nothing of it was saved", "Lower optim.base_lr"]),
     "no run to resume": (["init.resume=/nowhere"], ["init.resume=/nowhere: there is no checkpoint in /nowhere/checkpoints"]),

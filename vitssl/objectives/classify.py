@@ -18,9 +18,11 @@ from vitssl.losses.classes import binary_cross_entropy
 from vitssl.models.encoder import Encoder, Pooling
 from vitssl.models.heads import ClassificationHead
 from vitssl.models.twin import Twin
+from vitssl.objectives.layerwise import layer_decay_rules
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
-from vitssl.task import Batch, Rule, Task, decay_rules
+from vitssl.sections import Decay
+from vitssl.task import Batch, Rule, Task
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Mode = Literal["full", "partial", "linear"]
@@ -36,8 +38,8 @@ class Classify(Task):
     ``label_smoothing=0``: ``smoothing`` is applied here, to whatever the targets are). ``erasing``: normalised images -> the
     same. Both may draw from the global generators of Python, numpy and torch: they are seeded by (seed, step, process) around
     them and put back. ``mode="linear"`` trains the head alone, ``mode="partial"`` also the last ``blocks`` blocks and the
-    encoder's norm (He et al. 2022, section 4.3); what is frozen stays in evaluation mode. ``layer_decay``: see
-    :func:`layer_decay_rules`. ``ema``: momentum of an average of encoder and head, kept beside them in ``twin``.
+    encoder's norm (He et al. 2022, section 4.3); what is frozen stays in evaluation mode. ``layer_decay``, ``patch_lr`` and
+    ``decay``: see :func:`layer_decay_rules`. ``ema``: momentum of an average of encoder and head, kept beside them in ``twin``.
 
     Raises ConfigError for a number of ``blocks`` that the mode or the encoder does not have.
     """
@@ -56,13 +58,16 @@ class Classify(Task):
         mode: Mode = "full",
         blocks: int | None = None,
         layer_decay: float = 1.0,
+        patch_lr: float = 1.0,
+        decay: Decay = "layers",
         ema: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
         self.loss, self.smoothing, self.mixup, self.erasing = loss, smoothing, mixup, erasing
-        self.mode, self.layer_decay = mode, layer_decay
+        self.mode, self.rates = mode, {"patch_lr": patch_lr, "decay": decay}
+        self.layer_decay = layer_decay
         self.normalize = Normalize(mean, std, channels=encoder.spec.channels)
         self._part = (-1, 0)  # (step, how many forwards it has had): micro-batches of a step mix differently
         self.blocks = _trained_blocks(mode, blocks, encoder.spec.depth)
@@ -109,7 +114,7 @@ class Classify(Task):
         return (self.encoder, self.head) if self.twin is None else (self.twin.average["encoder"], self.twin.average["head"])
 
     def param_rules(self) -> list[Rule]:
-        return layer_decay_rules(self.encoder.spec.depth, self.layer_decay)
+        return layer_decay_rules(self.encoder.spec.depth, self.layer_decay, **self.rates)
 
     def _freeze(self) -> list[nn.Module]:
         """Take the gradient from what the mode does not train; returns the modules that stay in evaluation mode."""
@@ -166,27 +171,6 @@ class Classify(Task):
             if self.mixup is None:
                 return images, labels
             return self.mixup(images, labels) if labels.ndim == 1 else _mix_sets(self.mixup, images, labels)
-
-
-def layer_decay_rules(
-    depth: int,
-    decay: float,
-    *,
-    exempt: Sequence[str] = ("pos_embed", "cls_token", "reg_token", "rope.freqs"),
-    prefix: str = "encoder.vit.",
-) -> list[Rule]:
-    """Learning rates that shrink by ``decay`` per layer below the head: embeddings decay^(depth+1), block i decay^(depth-i).
-
-    Bao et al. 2022, as in MAE's ``util/lr_decay.py``: vectors and ``exempt`` tokens have no weight decay. ``prefix`` is what
-    stands before timm's names in the task's parameter names.
-    """
-    own, embed = prefix.replace(".", r"\."), decay ** (depth + 1)
-    tokens, stem = ("pos_embed", "cls_token", "reg_token", "rope.freqs"), r"(?:patch_embed|norm_pre)\..*"
-    rules = [Rule(token, own + token, embed, 0.0 if token in exempt else 1.0) for token in tokens]
-    rules += decay_rules(own + stem, prefix="stem.", lr_scale=embed)
-    for i in range(depth):
-        rules += decay_rules(rf"{own}blocks\.{i}\..*", prefix=f"block{i}.", lr_scale=decay ** (depth - i))
-    return rules + decay_rules(rf"(?!{own}(?:{'|'.join(tokens)}|{stem}|blocks\..*)$).*", prefix="rest.")
 
 
 def _trained_blocks(mode: Mode, blocks: int | None, depth: int) -> int:

@@ -15,8 +15,10 @@ from vitssl.models.encoder import Encoder, Pooling
 from vitssl.models.twin import Twin
 from vitssl.objectives import health
 from vitssl.objectives.base import Nets, Objective
+from vitssl.objectives.layerwise import decaying, layer_decay_rules
 from vitssl.plan import Stack
 from vitssl.schedule import Clock, Duration, Schedule
+from vitssl.sections import Decay
 from vitssl.task import Batch, Draw, Embeddings, Phase, Rule, Task, decay_rules
 from vitssl.views import View, purpose
 
@@ -25,7 +27,8 @@ class Mixture(Task):
     """The pretraining task: encoder, objectives by name, and a teacher where one is needed.
 
     ``momentum``: of the teacher along the run; by default what the objectives that need one say. ``waits``: how long the
-    encoder keeps its weights at the beginning, while what is fresh on top of it warms up. ``mean`` and ``std``: per
+    encoder keeps its weights at the beginning, while what is fresh on top of it warms up. ``layer_decay``, ``patch_lr`` and
+    ``decay``: see :func:`layer_decay_rules`. ``mean`` and ``std``: per
     channel, in units of [0, 1]. Raises ConfigError where objectives disagree about their teacher, for a momentum that
     nobody needs, or statistics that do not fit the encoder's channels.
     """
@@ -37,6 +40,9 @@ class Mixture(Task):
         *,
         momentum: Schedule | None = None,
         waits: Duration | None = None,
+        layer_decay: float = 1.0,
+        patch_lr: float = 1.0,
+        decay: Decay = "matrices",
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
@@ -44,7 +50,8 @@ class Mixture(Task):
         if not objectives:
             raise ConfigError("objectives: a run needs at least one, as in objectives.mae={}")
         self.couples_samples = any(objective.couples_samples for objective in objectives.values())
-        self.encoder, self.waits = encoder, waits
+        self.encoder, self.waits, self.decay = encoder, waits, decay
+        self.layer_decay, self.patch_lr = layer_decay, patch_lr
         self.momentum = _momentum(objectives, momentum)
         self.teacher = None if self.momentum is None else Twin(encoder)
         self.objectives = nn.ModuleDict(objectives)
@@ -178,18 +185,34 @@ class Mixture(Task):
         return self.normalize(images)
 
     def param_rules(self) -> list[Rule]:
-        """The usual pair for everything but an encoder that waits and objectives that bring rules for their own parameters."""
+        """The usual pair for everything but an encoder that waits or is optimised layer by layer, and objectives that bring
+        rules for their own parameters. Where rates shrink towards the images, mask tokens are embeddings, whoever has them.
+        """
+        layered = (self.layer_decay, self.patch_lr) != (1.0, 1.0) or self.decay == "layers"
+        embed = self.layer_decay ** (self.encoder.spec.depth + 1)
+        tokens = rf"objectives\.({'|'.join(map(re.escape, self.objectives))})\.mask_token"
+        masks = [Rule("mask_token", tokens, lr_scale=embed)] if embed != 1.0 else []
+        skipped = f"(?!{tokens}$)" if masks else ""
         own = {rf"objectives\.{re.escape(name)}\.": (name, each.param_rules()) for name, each in self.objectives.items()}
         rules = [
-            replace(rule, name=f"{name}.{rule.name}", pattern=f"{place}(?:{rule.pattern})")
+            replace(rule, name=f"{name}.{rule.name}", pattern=f"{skipped}{place}(?:{rule.pattern})")
             for place, (name, rules) in own.items()
             for rule in rules
         ]
         taken = [place for place, (_, rules) in own.items() if rules]
-        if self.waits is not None:
-            rules = decay_rules(r"encoder\..*", prefix="encoder.", waits=self.waits) + rules
+        if layered or self.waits is not None:
+            rules = self._encoder_rules(layered) + rules
             taken.append(r"encoder\.")
-        return decay_rules("".join(f"(?!{place})" for place in taken) + ".*") + rules
+        everything = skipped + "".join(f"(?!{place})" for place in taken) + ".*"
+        return decaying(decay_rules(everything) + masks + rules, self.decay)
+
+    def _encoder_rules(self, layered: bool) -> list[Rule]:
+        own = r"encoder\..*"
+        if not layered:
+            return decay_rules(own, prefix="encoder.", waits=self.waits)
+        options = {"patch_lr": self.patch_lr, "decay": self.decay, "others": own}
+        rules = layer_decay_rules(self.encoder.spec.depth, self.layer_decay, **options)
+        return [replace(rule, name=f"encoder.{rule.name}", waits=self.waits) for rule in rules]
 
 
 def _momentum(objectives: Mapping[str, Objective], asked: Schedule | None) -> Schedule | None:
