@@ -1,8 +1,7 @@
 """What trains: the one contract between a method and the loop, and the batch that passes between them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,12 @@ from vitssl.plan import Stack
 from vitssl.schedule import Clock, Duration
 from vitssl.views import View
 
-Draw = Callable[[str, int], Tensor]
-"""``draw(name, num) -> [B, num]`` uniform in [0, 1): the random numbers of this batch's samples, whoever holds them."""
+
+class Draw(Protocol):
+    """The random numbers of this batch's samples, whoever holds them."""
+
+    def __call__(self, name: str, num: int, *, host: bool = False) -> Tensor:
+        """[B, num] uniform in [0, 1), float64; with ``host`` on the CPU, where counting what comes of them waits for no GPU."""
 
 
 Embeddings = dict[str, Tensor]

@@ -32,6 +32,9 @@ class Case:
 
 
 PAIR_HEADS = {"hidden": 24, "out": 8}
+HEAD = {"prototypes": 12, "hidden": 24, "bottleneck": 8}
+CROPS = {"local_size": 8, "num_local": 2}
+DINOV2 = {"centring": "sinkhorn", "koleo": 0.1, "koleo_group": 8, "masks": {"min_area": 1}, "crops": CROPS}
 
 PAINTER = {"decoder": {"dim": 16, "depth": 1, "heads": 2}}
 
@@ -48,6 +51,13 @@ CASES = {
     "simmim without norm": Case(
         {"simmim": {"mask_unit": 4, "final_norm": False}}, frozen={r"encoder\.vit\.norm\.": "the loss looks before it"}
     ),
+    "dino": Case({"dino": {"head": HEAD, "crops": CROPS}}),
+    "ibot": Case({"ibot": {"head": HEAD | {"fixed_norm": False}, "crops": CROPS}}),
+    "dinov2": Case(
+        {"ibot": DINOV2 | {"head": HEAD, "patch_head": HEAD | {"prototypes": 10}}},
+        encoder={"registers": 2, "arguments": {"embed_dim": 16, "depth": 2, "num_heads": 2, "init_values": 0.1}},
+    ),
+    "dinov2 with centres": Case({"ibot": DINOV2 | {"head": HEAD, "centring": "mean", "centred_on": "masked"}}),
     "moco_v3": Case({"moco_v3": PAIR_HEADS}),
     "byol": Case({"byol": PAIR_HEADS}),
     "vicreg": Case({"vicreg": PAIR_HEADS}),

@@ -127,6 +127,13 @@ def test_draws_belong_to_the_objective_and_the_sample():
     assert not torch.equal(second, both.objectives["z"].noise)
 
 
+def test_draws_on_the_host_ask_for_no_position_on_a_device():
+    shown = batch(VIEW, positions=(9, 50))
+    there = Batch(shown.views, torch.empty(2, dtype=torch.int64, device="meta"), host=shown.positions)
+    found = Mixture.draw("a", there, CLOCK)("noise", 5, host=True)
+    assert torch.equal(found, Mixture.draw("a", shown, CLOCK)("noise", 5))
+
+
 def test_every_parameter_has_one_rule():
     task = mixture(plain=probe(), ruled=probe(RuledProbe))
     for name, parameter in task.named_parameters():

@@ -26,3 +26,8 @@ def in_blocks(order: Tensor, grid: tuple[int, int], block: int) -> Tensor:
     """
     patches = torch.arange(grid[0] * grid[1], device=order.device).reshape(grid[0] // block, block, grid[1] // block, block)
     return patches.permute(0, 2, 1, 3).reshape(-1, block * block)[order].flatten(1)
+
+
+def random_mask(noise: Tensor, num: Tensor) -> Tensor:
+    """[B, N] bool: True for the ``num`` [B] patches of each sample with the smallest noise [B, N], as many as it says."""
+    return noise.argsort(dim=1, stable=True).argsort(dim=1) < num[:, None]

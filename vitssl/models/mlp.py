@@ -1,12 +1,15 @@
 """Projectors and predictors: the small networks between an encoder and a loss that compares samples."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from torch import nn
 
 from vitssl.models.norms import BatchNorm
+
+RELU = partial(nn.ReLU, inplace=True)
 
 
 def mlp(
@@ -15,8 +18,9 @@ def mlp(
     norm: bool = True,
     bias: bool | None = None,
     last: Literal["plain", "norm", "affine"] = "plain",
+    activation: Callable[[], nn.Module] = RELU,
 ) -> nn.Sequential:
-    """Linear layers of ``widths`` (input first), each but the last followed by BatchNorm over all processes and ReLU.
+    """Linear layers of ``widths`` (input first), each but the last followed by BatchNorm over all processes and ``activation``.
 
     ``last``: what follows the last layer: nothing (it then has a bias), BatchNorm without affine weights (MoCo v3), or with.
     ``bias`` of the layers before a norm; None: where there is no norm. Modules are numbered as in the official codes of MoCo
@@ -30,5 +34,5 @@ def mlp(
         if normed:
             layers.append(BatchNorm(out, affine=not final or last == "affine"))
         if not final:
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(activation())
     return nn.Sequential(*layers)

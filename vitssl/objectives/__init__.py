@@ -16,6 +16,8 @@ TABLE = {
     "byol": "vitssl.objectives.byol:BYOL",
     "can": "vitssl.objectives.can:CAN",
     "data2vec": "vitssl.objectives.data2vec:Data2Vec",
+    "dino": "vitssl.objectives.dino:DINO",
+    "ibot": "vitssl.objectives.ibot:IBOT",
     "ijepa": "vitssl.objectives.ijepa:IJEPA",
     "lejepa": "vitssl.objectives.lejepa:LeJEPA",
     "mae": "vitssl.objectives.mae:MAE",

@@ -178,7 +178,12 @@ class Mixture(Task):
     @staticmethod
     def draw(objective: str, batch: Batch, clock: Clock) -> Draw:
         """The random numbers of an objective for this batch: a function of seed, ``<objective>.<name>`` and global position."""
-        return lambda name, num: uniform(clock.seed, purpose(f"{objective}.{name}"), batch.positions, num)
+
+        def drawn(name: str, num: int, *, host: bool = False) -> Tensor:
+            positions = batch.positions if batch.host is None or not host else batch.host
+            return uniform(clock.seed, purpose(f"{objective}.{name}"), positions, num)
+
+        return drawn
 
     def _only_view(self, batch: Batch) -> Tensor:
         (images,) = batch.views.values()

@@ -1,0 +1,161 @@
+"""DINO: what the encoder's average says of a large crop, the encoder shall say of every other crop (Caron et al. 2021).
+
+The surprising decision: nothing but a sharp and centred teacher keeps it from collapse. The centre is that of the steps before
+(or Sinkhorn's, of this batch), over all processes.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import AfterValidator, Field, NonNegativeFloat
+from torch import Tensor
+
+from vitssl.config import Count, Section, Time
+from vitssl.errors import ConfigError
+from vitssl.losses.clusters import koleo, pair_cross_entropy, sinkhorn_centre
+from vitssl.models.encoder import EncoderSpec
+from vitssl.models.prototypes import Centre, PrototypeHead
+from vitssl.models.twin import Twin
+from vitssl.objectives.base import Nets, Objective
+from vitssl.objectives.crops import LARGE, MultiCropConfig, by_sample, joined
+from vitssl.plan import Stack
+from vitssl.schedule import Clock, Duration, Schedule
+from vitssl.sections import Beta, Positive
+from vitssl.task import Draw, Embeddings
+from vitssl.views import View
+
+
+def _of_the_run(value: Duration) -> Duration:
+    if value.unit == "ep":
+        raise ValueError("an objective does not know how long an epoch is; write a share of the run, as 10%, or steps")
+    return value
+
+
+class TemperatureConfig(Section):
+    """The teacher's, along a straight line to its peak and constant from there."""
+
+    start: Positive = Field(0.04, description="at the first step")
+    peak: Positive = Field(0.04, description="after the warm-up (official code: .07 where training is stable)")
+    warmup: Annotated[Time, AfterValidator(_of_the_run)] = Field(
+        Duration(0, "steps"), description="share of the run, as 10%, or steps"
+    )
+
+    def at(self, clock: Clock) -> float:
+        warmup = self.warmup.steps(per_epoch=0, total=clock.total)
+        return Schedule(self.peak, start=self.start, warmup=warmup, shape="constant").at(clock.step)
+
+
+class HeadConfig(Section):
+    """Caron et al. 2021, appendix C, with the official code's defaults."""
+
+    prototypes: Count = Field(65_536, description="outputs (iBOT: 8,192)")
+    hidden: Count = Field(2048, description="width of the MLP's hidden layers")
+    bottleneck: Count = Field(256, description="width before the last layer")
+    layers: Count = Field(3, description="of the MLP")
+    fixed_norm: bool = Field(True, description="prototypes of length 1 (norm_last_layer), or of a length that is learned")
+
+    def build(self, dim: int) -> PrototypeHead:
+        return PrototypeHead(dim, **self.model_dump())
+
+
+class DINO(Objective):
+    """Cross entropy of class tokens over pairs of crops; with ``koleo`` they also keep away from each other."""
+
+    class Config(Objective.Config):
+        head: HeadConfig = HeadConfig()
+        temperature: Positive = Field(0.1, description="of the student's logits")
+        teacher_temperature: TemperatureConfig = TemperatureConfig()
+        centring: Literal["mean", "sinkhorn"] = Field("mean", description="of the steps before, or Sinkhorn's, of each batch")
+        centre_momentum: Beta = Field(0.9, description="of the mean along the steps")
+        koleo: NonNegativeFloat = Field(0.0, description="weight of the distance between images' class tokens (DINOv2: 0.1)")
+        koleo_group: int | None = Field(None, ge=2, description="images that look at each other; null: the whole batch")
+        crops: MultiCropConfig = MultiCropConfig()
+
+    name: ClassVar[str] = "dino"
+    momentum = Schedule(0.996, final=1.0)
+    judges_teacher = True
+
+    def __init__(self, config: Config, spec: EncoderSpec) -> None:
+        super().__init__(config, spec)
+        spec.refuse_pooling("class")
+        self.crops = config.crops.views(spec)
+        self._stacks = config.crops.stacks(spec, where=f"objectives.{self.name}.crops")
+        self.couples_samples = config.centring == "sinkhorn" or config.koleo > 0
+        self._refuse_unused("koleo_group", unless=config.koleo > 0, why="koleo is 0")
+        self._refuse_unused("centre_momentum", unless=config.centring == "mean", why="centring=sinkhorn keeps no mean")
+        self.head = config.head.build(spec.dim)
+        self.teacher_head = Twin(self.head)
+        self.centre = self._new_centre(config.head)
+
+    def views(self) -> dict[str, View]:
+        return self.crops
+
+    def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
+        """``crops`` [B, V, E]: rows before the prototypes, large crops first; with koleo ``tokens`` [B, 2, D]: class tokens."""
+        return self._embedded(nets.student(joined(views, LARGE)).cls, nets, views)
+
+    def targets(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
+        """``teacher`` [B, 2, E]: the teacher's rows of the large crops."""
+        return {"teacher": by_sample(self.teacher_head(nets.teacher(joined(views, LARGE)).cls), 2)}
+
+    def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+        crops, teacher, warmth = embeddings["crops"], targets["teacher"], self.config.teacher_temperature.at(clock)
+        prototypes = self.head.last_layer(), self.teacher_head.average.last_layer()
+        centre = self._centre(self.centre, teacher.flatten(0, 1), prototypes[1], warmth)
+        options = {"temperature": self.config.temperature, "teacher_temperature": warmth}
+        loss, entropy = pair_cross_entropy(crops, teacher, *prototypes, centre, **options)
+        metrics = {"loss": loss.detach(), "entropy": entropy}
+        if self.config.koleo:
+            spread = self._spread(embeddings["tokens"])
+            loss, metrics["koleo"] = loss + self.config.koleo * spread, spread.detach()
+            metrics["loss"] = loss.detach()
+        return loss, metrics
+
+    def after_step(self, clock: Clock, momentum: float) -> None:
+        super().after_step(clock, momentum)
+        for part in self.modules():
+            if isinstance(part, Centre):
+                part.follow()
+
+    def stacks(self) -> list[Stack]:
+        return self._stacks
+
+    def _embedded(self, large: Tensor, nets: Nets, views: dict[str, Tensor]) -> Embeddings:
+        """``large`` [2B, D]: the class tokens of the large crops."""
+        rows = [by_sample(self.head(large), 2)]
+        if small := self.config.crops.small:
+            rows.append(by_sample(self.head(nets.student(joined(views, small)).cls), len(small)))
+        found = {"crops": torch.cat(rows, dim=1)}  # [B, V, E]
+        return found | ({"tokens": by_sample(large, 2)} if self.config.koleo else {})
+
+    def _refuse_unused(self, key: str, *, unless: bool, why: str) -> None:
+        """Raise ConfigError for a key that was given and that no other setting lets matter."""
+        if not unless and key in self.config.model_fields_set:
+            raise ConfigError(
+                f"objectives.{self.name}.{key}={getattr(self.config, key)} would change nothing: {why}; leave it out"
+            )
+
+    def _new_centre(self, head: HeadConfig) -> Centre | None:
+        mean = self.config.centring == "mean"
+        return Centre(head.prototypes, momentum=self.config.centre_momentum) if mean else None
+
+    def _centre(
+        self, centre: Centre | None, rows: Tensor, prototypes: Tensor, temperature: float, *, shown: Tensor | None = None
+    ) -> Tensor:
+        """[P] for the assignments of teacher's rows [R, E]; a mean is taken of what is ``shown`` (None: of these rows)."""
+        with torch.no_grad():
+            if centre is None:
+                return sinkhorn_centre(rows, prototypes, temperature=temperature, gather=self.all_rows)
+            if self.training:
+                centre.see(rows if shown is None else shown, prototypes)
+            return centre.centre
+
+    def _spread(self, tokens: Tensor) -> Tensor:
+        """KoLeo of [B, 2, D] class tokens before the head, each crop by itself, summed (DINOv2's official code)."""
+        own, group = self.own_rows(tokens), self.config.koleo_group
+        everybody = self.all_rows(tokens)
+        if self.training and group and len(everybody) % group:
+            raise ConfigError(
+                f"objectives.{self.name}.koleo_group={group} does not divide a batch of {len(everybody)} images; take a divisor"
+            )
+        return sum(koleo(tokens[:, crop], everybody[:, crop], own, group=group) for crop in range(tokens.shape[1]))
