@@ -1,7 +1,7 @@
 """Which classes there are: labels as the config reads them, one or several an image, renamed, merged and dropped by its map."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def open_classes(config: FinetuneConfig, progress: Progress | None = None) -> So
     _refuse_contradictions(config)
     source = open_configured(config.data, key="data", progress=progress)
     if config.labels == "several":
-        return _mapped(several_labels(source), config.label_map)
+        return _mapped(several_labels(source), config.label_map, others=lambda: _test_names(config))
     labels = source.label_array()
     if labels is None:
         raise DataError(
@@ -29,7 +29,7 @@ def open_classes(config: FinetuneConfig, progress: Progress | None = None) -> So
         )
     if source.classes is None:
         refuse_stray(source.name, labels)
-    source = _mapped(source, config.label_map)
+    source = _mapped(source, config.label_map, others=lambda: _test_names(config))
     _refuse_empty(source)
     return source
 
@@ -41,11 +41,11 @@ def open_test(config: FinetuneConfig, source: Source, tell: Callable[..., None] 
     """
     images = open_configured(config.test, key="test")
     if isinstance(source, Several):
-        found = several_like(_mapped(several_labels(images), config.label_map, absent=True), source)
+        found = several_like(_mapped(several_labels(images), config.label_map), source)
         if not found.counts().any():
             raise DataError(f"{images.name}: label_map leaves no test image a label; correct the map, or the test images")
         return found
-    images = _mapped(images, config.label_map, absent=True)
+    images = _mapped(images, config.label_map)
     found = label_like(images, source)
     if bool(images.classes) != bool(source.classes):
         named, other = (images, source) if images.classes else (source, images)
@@ -62,18 +62,21 @@ def names_of(source: Source) -> tuple[str, ...]:
     return source.classes or tuple(map(str, range(int(source.label_array().max()) + 1)))
 
 
-def _mapped(source: Source, names: Mapping[str, str | None], *, absent: bool = False) -> Source:
+def _mapped(source: Source, names: Mapping[str, str | None], *, others: Callable[[], Sequence[str]] | None = None) -> Source:
     """``source`` with classes called and joined as ``names`` says, those without a new name dropped with their images.
 
-    ``absent``: whether a class may be missing. Raises ConfigError for one that is not there, and for a mixture.
+    ``others`` tells the names that may be given though ``source`` lacks them; None: any may. Raises ConfigError for one that is
+    nowhere, and for a mixture.
     """
     if not names or (not isinstance(source, Several) and source.label_array() is None):
         return source
     if isinstance(source, Joined):
         raise ConfigError("label_map and data.sources exclude each other; mix sources whose classes have the same names")
     old = names_of(source)
-    for name in names:
-        if name not in old and not absent:
+    missing = [name for name in names if name not in old] if others else []
+    elsewhere = others() if missing else ()
+    for name in missing:
+        if name not in elsewhere:
             near = difflib.get_close_matches(name, old, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else f"there are {first_of(old)}"
             raise ConfigError(f"label_map.{name}: {source.name} has no such class; {hint}")
@@ -84,6 +87,14 @@ def _mapped(source: Source, names: Mapping[str, str | None], *, absent: bool = F
         return renumbered(source, numbers, classes)
     kept = np.flatnonzero(numbers[source.label_array()] >= 0)
     return Renumbered(source if len(kept) == source.num_samples else Subset(source, kept), numbers, classes)
+
+
+def _test_names(config: FinetuneConfig) -> Sequence[str]:
+    """The names of the test images' classes: some may be there alone, and the map may rename or drop them."""
+    images = open_configured(config.test, key="test")
+    if config.labels == "several":
+        return several_labels(images).classes
+    return () if images.label_array() is None else names_of(images)
 
 
 def _refuse_empty(source: Source) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
@@ -74,9 +74,9 @@ def predictions(
     """{"image", "top": [{"class", "probability"}, ...]} of every image that can be used, in order.
 
     Of one label ``top`` classes (5) are told; "label" is the image's own, where its source gives all images one, and "right"
-    whether the first choice is that: left out for a label that is none of the classes. Of a classifier of several labels
-    "labels" stand in the place of "top": all above ``threshold`` (0.5), the surest first. ``precision``: auto is that of the
-    run's own evaluation.
+    whether the first choice is that: left out for a label that is none of the classes. The run's ``label_map`` holds here, too.
+    Of a classifier of several labels "labels" stand in the place of "top": all above ``threshold`` (0.5), the surest first.
+    ``precision``: auto is that of the run's own evaluation.
 
     Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU and for a setting that is of the
     other kind of labels, DataError where no image can be used.
@@ -101,6 +101,7 @@ def predictions(
     channels = model.encoder.spec.channels
     normalize = Normalize(facts["mean"], facts["std"], channels=channels).to(device)
     classes, several = facts["classes"], facts.get("labels") == "several"
+    renamed = facts.get("label_map") or {}
     if (top if several else threshold) is not None:
         kind, other = ("--top", "--threshold") if several else ("--threshold", "--top")
         raise ConfigError(f"{kind}: {run} tells {'several labels' if several else 'one label'} of an image; take {other}")
@@ -119,13 +120,23 @@ def predictions(
                 told = [{"class": classes[number], "probability": value} for number, value in zip(best, own, strict=True)]
                 above = [each for each in told if each["probability"] > threshold]
                 row = {"image": os.path.join(folder, key)} | ({"labels": above} if several else {"top": told})
-                yield row | (_judged(label, source.classes, classes, told[0]["class"]) if labels else {})
+                yield row | (_judged(label, source.classes, classes, renamed, told[0]["class"]) if labels else {})
 
 
-def _judged(label: int, names: Sequence[str] | None, classes: Sequence[str], first: str) -> dict[str, Any]:
-    """An image's label by its name, or where only numbers are given, by that of the class with its number."""
-    name = names[label] if names else classes[label] if 0 <= label < len(classes) else str(label)
-    return {"label": name} | ({"right": name == first} if name in classes else {})
+def _judged(
+    label: int, names: Sequence[str] | None, classes: Sequence[str], renamed: Mapping[str, str | None], first: str
+) -> dict[str, Any]:
+    """An image's label by its name, or where only numbers are given, by that of the class with its number.
+
+    ``renamed`` is the run's ``label_map``: the label is told by its new name, and one that was dropped is not judged. Under a
+    map, numbers are names themselves: those of the classes are no longer the labels'.
+    """
+    numbered = not renamed and 0 <= label < len(classes)
+    name = names[label] if names else classes[label] if numbered else str(label)
+    called = renamed.get(name, name)
+    if called is None:
+        return {"label": name}
+    return {"label": called} | ({"right": called == first} if called in classes else {})
 
 
 def _autocast(model: Any, asked: str, recorded: str, device: str, report: Report) -> Callable[[], AbstractContextManager]:

@@ -132,6 +132,7 @@ class Evaluation:
             "std": list(session.config.data.std),
             "pooling": head.pooling,
             "classes": list(self.classes),
+            "label_map": session.config.label_map,
             "run": str(session.folder),
             "step": step,
             "labels": self.labels,

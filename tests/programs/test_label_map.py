@@ -12,8 +12,10 @@ from outcome import refused
 
 from finetune.classes import open_classes, open_test
 from finetune.config import FinetuneConfig
+from finetune.predict import predictions
 from vitssl.config import build
 from vitssl.errors import ConfigError, DataError
+from vitssl.report import Report
 
 NAMES = ("cat", "dog", "owl")
 
@@ -117,6 +119,14 @@ def test_a_map(names: dict, train: list, test: list, tmp_path: Path, picture: Ca
     assert set(source.classes) == set(train) and np.bincount(source.label_array()).all()
 
 
+def test_classes_of_the_test_set_alone_are_renamed_and_dropped(tmp_path: Path, picture: Callable) -> None:
+    (tmp_path / "test").mkdir()
+    test = as_list(tmp_path / "test", ["fox", "dog", "puppy", "owl"], picture)
+    asked = config(as_list(tmp_path, TRAIN, picture), test, label_map={"fox": None, "puppy": "dog"})
+    source = open_classes(asked)
+    assert named(source) == TRAIN and named(open_test(asked, source)) == ["dog", "dog", "owl"]
+
+
 def test_numbers_are_names_too(tmp_path: Path, picture: Callable) -> None:
     asked = config(as_list(tmp_path, ["0", "2", "1"], picture), tmp_path / "list.csv", label_map={2: "owl", 0: None})
     source = open_classes(asked)
@@ -139,6 +149,24 @@ def test_a_mapped_run_says_the_new_names(finetune: Callable, tmp_path: Path, pic
     assert run.losses()[0] == pytest.approx(np.log(2), rel=1e-6)
     with open(run.folder / "results/classes.csv") as file:
         assert [(row["class"], row["images"]) for row in csv.DictReader(file)] == [("pet", "12"), ("owl", "6")]
+    found = {row["image"]: row for row in predictions(run.folder, [str(path)], Report())}
+    assert [row["label"] for row in found.values()] == ["pet", "pet", "owl"] * 6
+    assert sum(row["right"] for row in found.values()) / 18 == run.rows("probes.jsonl")[-1]["top1"]
+
+
+def test_predict_judges_mapped_numbers_as_the_run_did(finetune: Callable, tmp_path: Path, picture: Callable) -> None:
+    """Of 0 to 3, 0 is dropped and 3 joined to 1: the classes are 1 and 2, and their own numbers are 0 and 1."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(24):
+            for extension, content in (("jpg", picture(number)), ("cls", str(number % 4).encode())):
+                (tmp_path / "member").write_bytes(content)
+                tar.add(tmp_path / "member", f"{number:02}.{extension}")
+    places = (f"data.path={tmp_path}/a.tar", "data.split=null", f"test.path={tmp_path}/a.tar", "test.split=null")
+    run = finetune(tmp_path / "run", *places, "label_map={0: null, 3: 1}", "length=2").ok()
+    found = list(predictions(run.folder, [f"{tmp_path}/a.tar"], Report()))
+    assert [row["label"] for row in found] == ["0", "1", "2", "1"] * 6
+    judged, last = [row["right"] for row in found if "right" in row], run.rows("probes.jsonl")[-1]
+    assert len(judged) == last["images"] == 18 and sum(judged) / 18 == last["top1"]
 
 
 REFUSED = {
