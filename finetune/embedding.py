@@ -69,7 +69,7 @@ def prepare(config: EmbedConfig, report: Report) -> tuple[Embedding, dict[str, o
     check_channels(encoder.spec.channels, arrays=config.data.arrays)
     source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
     size = encoder.spec.image_size
-    device = dist.choose_device(config.device)
+    device = dist.device_here(config.device, "device=")
     how = Extraction(
         View(size=size, resize=round(min(size) / config.crop_pct)),
         config.data.mean or facts["mean"],

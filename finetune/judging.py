@@ -128,7 +128,7 @@ def _features(
     each: Judging, source: Source, view: View, kinds: Sequence[str], own: SetConfig, config: EvaluateConfig, report: Report
 ) -> Kept:
     """What the encoder makes of a view of a source's images: (mapped files, rows that could be used)."""
-    device = dist.choose_device(config.device)
+    device = dist.device_here(config.device, "device=")
     how = Extraction(
         view,
         own.data.mean or each.facts["mean"],

@@ -78,8 +78,8 @@ def predictions(
     Of a classifier of several labels "labels" stand in the place of "top": all above ``threshold`` (0.5), the surest first.
     ``precision``: auto is that of the run's own evaluation.
 
-    Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU and for a setting that is of the
-    other kind of labels, DataError where no image can be used.
+    Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU, for a GPU that is not there and for a
+    setting that is of the other kind of labels, DataError where no image can be used.
     """
     import torch
 
@@ -93,7 +93,7 @@ def predictions(
 
     place = run / "export" / "last" if (run / "export" / "last").is_dir() else run
     state, facts = read_export(place, "classifier")
-    device = dist.choose_device(device)
+    device = dist.device_here(device, "--device ")
     model = classifier_of(state, facts).to(device)
     cast = _autocast(model, precision, facts.get("precision", "fp32"), device, report)
     size = tuple(facts.get("tested_size", facts["image_size"]))

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from vitssl.errors import ConfigError
+
 _PATIENCE = timedelta(days=7)  # where the first process works on alone, as when it trains heads, others wait for it
 
 
@@ -24,6 +26,13 @@ def world() -> int:
 def choose_device(asked: str) -> str:
     """``cuda`` or ``cpu``; ``cuda`` where it is asked for, also on a machine that only plans and has none."""
     return "cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def device_here(asked: str, key: str) -> str:
+    """The same on the machine that is to compute. Raises ConfigError, naming the ``key`` that asked, where it has no GPU."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{key}cuda: torch sees no GPU here; take {key}auto, or mend the driver")
+    return choose_device(asked)
 
 
 def begin() -> None:

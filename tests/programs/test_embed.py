@@ -194,6 +194,7 @@ def test_bench(argv: list[str], capsys: pytest.CaptureFixture) -> None:
 
 def test_refusals(argv: list[str], exported, tmp_path: Path, picture: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     out = f"out={tmp_path}/out"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for wrong, message in (
         (["out=null"], "out: has no value; name a new folder"),
         (["kind=cls"], r"kind='cls': takes some of class, mean, patches"),
@@ -202,6 +203,8 @@ def test_refusals(argv: list[str], exported, tmp_path: Path, picture: Callable, 
     ):
         with pytest.raises(ConfigError, match=message):
             main([*argv, *([] if wrong[0].startswith("out") else [out]), *wrong])
+    with pytest.raises(ConfigError, match=r"^device=cuda: torch sees no GPU here; take device=auto"):
+        main([*argv[:-1], "device=cuda", out])
     assert main([*argv, out]) == 0
     with pytest.raises(ConfigError, match=r"out=.*: was begun with other settings: dtype float32 \(now float16\)"):
         main([*argv, out, "dtype=fp16"])

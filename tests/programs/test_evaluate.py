@@ -246,7 +246,10 @@ def test_weights_from_elsewhere(argv: list[str], exported, tmp_path: Path) -> No
     assert main([*argv, "protocol=knn", "image_size=32"]) == 0 and [row["value"] for row in rows(tmp_path)] == bigger
 
 
-def test_refusals(argv: list[str], tmp_path: Path, data: Path) -> None:
+def test_refusals(argv: list[str], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^device=cuda: torch sees no GPU here; take device=auto"):
+        main([*(word for word in argv if not word.startswith("device=")), "device=cuda", "protocol=knn"])
     with pytest.raises(CheckpointError, match=r"nowhere.* does not exist"):
         main([word for word in argv if not word.startswith("encoder=")] + [f"encoder={tmp_path}/nowhere"])
     with pytest.raises(DataError, match=r"test: .*nothing is there"):

@@ -122,12 +122,14 @@ def test_files_and_folders(tuned, tmp_path: Path, picture: Callable, capsys: pyt
     assert len(rows(tmp_path / "all.jsonl")) == 24 and "1 of 25 images" in capsys.readouterr().out
 
 
-def test_refusals(tuned, exported, tmp_path: Path) -> None:
+def test_refusals(tuned, exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cases = {
         (str(exported.folder), str(tmp_path)): (CheckpointError, r"classifier\.safetensors does not exist"),
         (str(tuned.folder), str(tmp_path)): (DataError, "holds no image"),
         (str(tuned.folder), f"{tmp_path}/none.jpg"): (DataError, "nothing is there"),
         (str(tuned.folder), str(tmp_path), "--top", "0"): (ConfigError, "at least 1"),
+        (str(tuned.folder), str(tmp_path), "--device", "cuda"): (ConfigError, "^--device cuda: torch sees no GPU here; take"),
         (str(tuned.folder), str(tmp_path), "--threshold", "0.2"): (ConfigError, "tells one label of an image; take --top"),
         (str(tuned.folder), str(tmp_path), "--precision", "fp16", "--device", "cpu"): (ConfigError, "fp16 needs a GPU; take"),
         (str(tuned.folder), str(tmp_path), "--jsonl", str(tmp_path)): (ConfigError, "cannot be written .*; name another file"),

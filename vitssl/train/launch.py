@@ -81,7 +81,7 @@ class Engine:
         folder: Path,
     ) -> None:
         self.config, self.accumulation, self.clip, self.clip_by = config, accumulation, clip, clip_by
-        device = dist.choose_device(config.device)
+        device = dist.device_here(config.device, "launch.device=")
         self.precision = choose_precision(config, device)
         _refuse_conflicts(config, device, self.precision)
         zero = config.engine.startswith("zero")
@@ -230,8 +230,6 @@ def _available(trackers: list[str]) -> list[str]:
 
 
 def _refuse_conflicts(config: LaunchConfig, device: str, precision: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("launch.device=cuda: torch sees no GPU here; take launch.device=auto, or mend the driver")
     if config.engine.startswith("zero") and precision == "fp16":
         raise ConfigError(
             f"launch.precision=fp16 with launch.engine={config.engine}: DeepSpeed's loss scale would start anew at every"
