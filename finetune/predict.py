@@ -78,8 +78,8 @@ def predictions(
     Of a classifier of several labels "labels" stand in the place of "top": all above ``threshold`` (0.5), the surest first.
     ``precision``: auto is that of the run's own evaluation.
 
-    Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU, for a GPU that is not there and for a
-    setting that is of the other kind of labels, DataError where no image can be used.
+    Raises CheckpointError where ``run`` holds no classifier, ConfigError for fp16 on a CPU, for a GPU that is not there and for
+    a setting that is of the other kind of labels, DataError where no image can be used.
     """
     import torch
 

@@ -55,7 +55,8 @@ def _inputs(facts: Mapping[str, Any]) -> dict[str, Any]:
     if "crop_pct" in facts:
         height, width = facts.get("tested_size", facts["image_size"])
         found["judged"] = f"at {height} x {width} pixels, the central {facts['crop_pct']:.1%} of the shorter side"
-    return found | ({"classes": f"{len(facts['classes']):,}"} if "classes" in facts else {})
+    how = ", of which an image may have several: a sigmoid for each" if facts.get("labels") == "several" else ""
+    return found | ({"classes": f"{len(facts['classes']):,}{how}"} if "classes" in facts else {})
 
 
 def _origin(facts: Mapping[str, Any]) -> dict[str, Any]:

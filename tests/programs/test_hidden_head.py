@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from finetune.predict import main as predict
@@ -26,6 +28,13 @@ def test_it_begins_at_chance_and_trains_both_layers(tuned) -> None:
     assert state["pre_logits.0.weight"].shape == (10, 24) and state["head.weight"].shape == (4, 10)
     assert state["head.weight"].abs().max() > 0 and state["pre_logits.0.bias"].abs().max() > 0
     assert json.loads((tuned.folder / "export/last/classifier.json").read_text())["head"] == {"hidden": 10}
+
+
+def test_its_card_loads_it(tuned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tuned.folder / "export/last")
+    card, found = Path("README.md").read_text(), {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], found)
+    assert found["model"](torch.zeros(1, 3, 16, 16)).shape == (1, 4) and "library_name: vitssl" in card
 
 
 def test_predict_and_onnx_read_it_and_others_say_no(tuned, data: Path, tmp_path: Path) -> None:

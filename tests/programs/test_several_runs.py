@@ -52,6 +52,7 @@ def test_it_begins_at_ln_2_and_measures(tuned) -> None:
     assert f"mAP {row['map']:.2%}" in tuned.out and "probability above 0.5" in tuned.out
     facts = json.loads((tuned.folder / "export/last/classifier.json").read_text())
     assert facts["labels"] == "several" and facts["classes"] == list(NAMES) and facts["map"] == row["map"]
+    assert "classes: 3, of which an image may have several" in (tuned.folder / "export/last/README.md").read_text()
     assert sorted(path.name for path in (tuned.folder / "results").iterdir()) == ["classes.csv", "results.json"]
 
 

@@ -31,6 +31,14 @@ import json, timm
 facts = json.load(open("{name}.json"))
 model = timm.create_model(facts["architecture"], **facts["arguments"], checkpoint_path="{name}.safetensors")
 """
+_OURS = """
+from pathlib import Path
+
+from vitssl.interop.ours import classifier_of
+from vitssl.train.export import read_export
+
+model = classifier_of(*read_export(Path("{name}.safetensors"), "{name}"))
+"""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ def write_export(folder: Path, name: str, state: dict[str, Tensor], facts: dict[
         new_weights.chmod(new_words.stat().st_mode)  # safetensors lets nobody but the owner read
         os.replace(new_weights, weights)
         os.replace(new_words, words)
-        write_card(folder, facts, library="timm", usage=_USAGE.format(name=name), run=Path(facts.get("run", folder)))
+        library, usage = ("vitssl", _OURS) if facts.get("head") else ("timm", _USAGE)  # a head that timm's ViT cannot have
+        write_card(folder, facts, library=library, usage=usage.format(name=name), run=Path(facts.get("run", folder)))
     except (OSError, SafetensorError) as error:
         for unfinished in (new_weights, new_words):
             unfinished.unlink(missing_ok=True)
