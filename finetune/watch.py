@@ -12,7 +12,7 @@ import torch
 from vitssl import dist
 from vitssl.data.feed import evaluation_samples, share
 from vitssl.data.sources import Source
-from vitssl.inspect.charts import confusion_chart, mistakes_sheet
+from vitssl.inspect.charts import confusion_chart, drawable, mistakes_sheet
 from vitssl.inspect.pictures import save_sheet
 from vitssl.inspect.results import calibration_error, class_table, confusion, weakest
 from vitssl.models.encoder import EncoderSpec, check_size
@@ -170,9 +170,9 @@ class Evaluation:
         place = {position: row for row, position in enumerate(batch.positions.tolist())}
         shown = [index for index in surest.tolist() if int(found.positions[index]) in place]
         images = [batch.views[self.view][place[int(found.positions[index])]].float() / 255 for index in shown]
+        names = drawable(self.classes)
         captions = [
-            f"{self.classes[int(found.labels[index])]}\n-> {self.classes[int(found.predicted[index])]}"
-            f" {float(found.confidence[index]):.0%}"
+            f"{names[int(found.labels[index])]}\n-> {names[int(found.predicted[index])]} {float(found.confidence[index]):.0%}"
             for index in shown
         ]
         return mistakes_sheet(images, captions) if images else None

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitssl.inspect.charts import CELL, INK, NAMED, TILE, confusion_chart, mistakes_sheet
+from vitssl.inspect.charts import CELL, INK, LINE, NAMED, TILE, confusion_chart, drawable, mistakes_sheet
 from vitssl.inspect.results import calibration_error, class_table, confusion, weakest
 from vitssl.probes.protocols import wilson
 
@@ -73,7 +73,8 @@ def test_the_chart_shades_shares_of_rows(num: int):
     assert pixels.dtype == torch.uint8 and pixels.shape[2] == 3
     cell = CELL if num <= NAMED else 1000 // num
     top, left = pixels.shape[0] - num * cell, pixels.shape[1] - num * cell
-    assert top == left and (top > 0) == (num <= NAMED)
+    assert top == left and (top > 2 * LINE) == (num <= NAMED)
+    assert (pixels[:LINE, left:] < 160).any() and (pixels[top:, :LINE] < 160).any(), "which is the truth and which predicted"
 
     def corner(row: int, column: int) -> list[int]:
         return pixels[top + row * cell, left + column * cell].tolist()
@@ -82,7 +83,21 @@ def test_the_chart_shades_shares_of_rows(num: int):
     quarter = [round(255 + 0.5 * (ink - 255)) for ink in INK]
     assert np.abs(np.array(corner(1, 0)) - quarter).max() <= 1
     if num <= NAMED:
-        assert (pixels[:top, left:] < 128).any() and (pixels[top:, :left] < 128).any(), "names stand beside and above"
+        assert (pixels[LINE:top, left:] < 128).any() and (pixels[top:, LINE:left] < 128).any(), "names stand beside and above"
+
+
+def test_names_are_told_in_letters_that_can_be_drawn():
+    """An accent goes, other letters are marked, and the number says which class it is."""
+    assert drawable(["cat, 2", "avión", "cafe\u0301", "Stra\u00dfe", "\u732b", "a\tb"]) == [
+        "cat, 2",
+        "avion",
+        "cafe",
+        "#3 Stra?e",
+        "#4 ?",
+        "#5 a?b",
+    ]
+    counts = torch.tensor([[1, 0], [0, 1]])
+    assert torch.equal(confusion_chart(counts, ["avión", "b"]), confusion_chart(counts, ["avion", "b"]))
 
 
 @pytest.mark.parametrize("channels, size, number", [(3, (16, 16), 3), (1, (32, 20), 9), (6, (200, 150), 1)])
