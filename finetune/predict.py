@@ -218,7 +218,9 @@ def _listed(files: Sequence[str]) -> Any:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{os.path.abspath(path)}\n" for path in files))
         file.flush()
-        return open_source(file.name, kind="list")
+        source = open_source(file.name, kind="list")
+    source.name = "the command line"  # in messages; nobody knows the list
+    return source
 
 
 if __name__ == "__main__":

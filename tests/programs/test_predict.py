@@ -120,6 +120,10 @@ def test_files_and_folders(tuned, tmp_path: Path, picture: Callable, capsys: pyt
     files[1].write_bytes(b"no picture")
     assert main([str(tuned.folder), str(tmp_path / "photos"), "--jsonl", f"{tmp_path}/all.jsonl"]) == 0
     assert len(rows(tmp_path / "all.jsonl")) == 24 and "1 of 25 images" in capsys.readouterr().out
+    assert main([str(tuned.folder), *map(str, files[:3])]) == 0
+    assert "1 of 3 images of the command line left out" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"^the command line: none of 1 images can be used; .*1\.jpg"):
+        main([str(tuned.folder), str(files[1])])
 
 
 def test_refusals(tuned, exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
