@@ -156,6 +156,12 @@ def test_refused_overrides(overrides: list[str], message: str):
     assert "\n" not in str(error.value)
 
 
+def test_an_unknown_section_that_was_typed_is_of_the_command_line(tmp_path: Path):
+    path = write(tmp_path, main="needed: 1\n")
+    with pytest.raises(ConfigError, match=r"^innre: unknown key; did you mean inner\? \(in the command line\)"):
+        load(Outer, path, ["innre.time=3"])
+
+
 REFUSED_FILES = [  # main.yaml, what the message says
     ("needed: 1\nname: a\nname: b\n", r"main.yaml:3: key 'name' stands twice"),
     ("needed: 1\ninner: {rate: 1, rate: 2}\n", r"main.yaml:2: key 'rate' stands twice"),

@@ -240,10 +240,12 @@ def _explain(model: type[Section], error: ValidationError, where: str, typed: Se
     first, path = failures[0], places[0]
     key, more = _shown(".".join(path)), len({tuple(place) for place in places}) - 1
     alike = sum(place[: len(path)] == path for place in places)
-    if any(f"{'.'.join(path)}.".startswith(f"{name}.") for name in typed):
+    here = f"{'.'.join(path)}."
+    unknown = first["type"] == "extra_forbidden"  # of agument.flip=0 it is agument that is not known
+    if any(here.startswith(f"{name}.") or (unknown and f"{name}.".startswith(here)) for name in typed):
         where = "the command line"
     tail = f" (in {where})" + (f" (and {more} more)" if more and alike == 1 else "")
-    if first["type"] == "extra_forbidden":
+    if unknown:
         return f"{key}: unknown key{_nearest(model, path)}{tail}"
     if first["type"] == "missing":
         return f"{key}: has no value and needs one{tail}"

@@ -168,7 +168,8 @@ def test_a_run_of_an_earlier_version_goes_on(finetune: Callable, tmp_path: Path)
     older, found = re.subn(new, "", path.read_text(), flags=re.MULTILINE)
     assert found == 6
     path.write_text(older)
-    refused(finetune(tmp_path / "run", "ema=0.5"), "holds a run of another config (ema: None -> 0.5)")
+    other = finetune(tmp_path / "run", "ema=0.5")
+    refused(other, "holds a run of another config (ema: None -> 0.5)", "another run.name\n")  # not init.weights
     assert len(finetune(tmp_path / "run", "length=9").ok().losses()) == 9
 
 

@@ -204,7 +204,8 @@ def test_exports_that_are_not_what_they_say(finetune: Callable, exported, tmp_pa
     def unknown(facts: dict, state: dict) -> None:
         facts["encoder"]["name"] = "vit_tiny_patch61_224"
 
-    refused(finetune(tmp_path / "run", changed("part", in_part)), "do not fit", "1 missing (blocks.1.attn.qkv.weight)")
+    run = finetune(tmp_path / "run", changed("part", in_part))
+    refused(run, f"{tmp_path}/part: these weights do not fit", "1 missing (blocks.1.attn.qkv.weight)")
     run = finetune(tmp_path / "run", changed("unknown", unknown))
     refused(run, "timm", "has no such model; the nearest supported: vit_tiny_")
     assert not (tmp_path / "run/checkpoints").exists()

@@ -171,7 +171,10 @@ def fill_encoder(encoder: Encoder, path: Path | Held, *, new_register: bool = Fa
     if not any(name.startswith("norm.") for name in encoder.state()):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     rows, columns = (side // patch for side, patch in zip(facts["image_size"], encoder.spec.patch, strict=True))
-    encoder.load_state(state, resample=(rows, columns) != encoder.spec.grid, grid=(rows, columns))
+    try:
+        encoder.load_state(state, resample=(rows, columns) != encoder.spec.grid, grid=(rows, columns))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def load_encoder(path: Path | Held, **changes: Any) -> tuple[Encoder, dict[str, Any]]:

@@ -63,9 +63,10 @@ def refuse_another_run(folder: Path, config: ProgramConfig, report: Report) -> N
     then, now = (_texts(each, shown) for each in (known, recorded(config)))  # a new signature is no other run
     differing = difference(then, now, ignore=CHANGEABLE) if values else []
     if differing:
+        onward = " (from this one's export with init.weights=...)" if "weights" in type(config.init).model_fields else ""
         raise ConfigError(
             f"{folder} holds a run of another config ({'; '.join(differing[:4])}{'; ...' if len(differing) > 4 else ''});"
-            " take the old values, or begin another run.name (from this one's export with init.weights=...)"
+            f" take the old values, or begin another run.name{onward}"
         )
 
 
