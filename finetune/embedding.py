@@ -17,7 +17,7 @@ from finetune.embed import EmbedConfig
 from finetune.encoders import open_encoder
 from vitssl import dist
 from vitssl.data.augment import Normalize
-from vitssl.data.feed import evaluation_samples, open_configured
+from vitssl.data.feed import evaluation_samples, open_configured, refuse_training_settings
 from vitssl.data.layout import choose_workers
 from vitssl.data.loader import evaluation_batches
 from vitssl.data.sources import Subset
@@ -66,6 +66,7 @@ def prepare(config: EmbedConfig, report: Report) -> tuple[Embedding, dict[str, o
     features = [Feature(kind, _layer(layer, encoder), config.norm) for kind in kinds for layer in config.layer]
     if "class" in kinds:
         encoder.spec.refuse_pooling("class")
+    refuse_training_settings(config.data, key="data")
     check_channels(encoder.spec.channels, arrays=config.data.arrays)
     source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))
     size = encoder.spec.image_size

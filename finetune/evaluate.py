@@ -117,6 +117,10 @@ def main(argv: Sequence[str]) -> int:
     from vitssl.inspect.comparison import compared, comparison_page, in_lines
 
     report = Report(active=dist.rank() == 0)
+    for path in config.out:  # before hours pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ConfigError(f"out={path}: is a folder; give the name of a file")
     rows, facts = evaluate(config, report)
     if dist.rank():  # a process that helped
         return 0
@@ -126,7 +130,6 @@ def main(argv: Sequence[str]) -> int:
         report.pairs(f"{of}accuracy on the test images, 95 % interval (mean over seeds, +- deviation)", in_lines(lines))
     facts["command"] = command.typed("finetune.evaluate", launched=dist.world() > 1)
     for path in config.out:
-        path.parent.mkdir(parents=True, exist_ok=True)
         page = path.suffix == ".html"
         path.write_text(comparison_page(sets, facts) if page else json.dumps(rows, indent=1) + "\n")
         report.say(f"{len(rows):,} rows in {path}")

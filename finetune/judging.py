@@ -13,7 +13,7 @@ from finetune.encoders import open_encoder
 from finetune.evaluate import FINETUNE, EvaluateConfig, SetConfig
 from finetune.tuned import SOURCE, Judging, Labelled, finetuned, settings_of
 from vitssl import dist
-from vitssl.data.feed import open_configured
+from vitssl.data.feed import open_configured, refuse_training_settings
 from vitssl.data.layout import choose_workers
 from vitssl.data.sources import Source, label_like, refuse_stray
 from vitssl.errors import DataError
@@ -48,6 +48,8 @@ def evaluate(config: EvaluateConfig, report: Report) -> tuple[list[dict[str, Any
 
 def _open(name: str, own: SetConfig, config: EvaluateConfig, report: Report) -> Labelled:
     where = f"datasets.{name}." if config.datasets else ""
+    if config.protocol != [FINETUNE]:
+        refuse_training_settings(own.data, key=f"{where}data")
     train = open_configured(own.data, key=f"{where}data", progress=report.waiting("preparing data"))
     test = open_configured(own.test, key=f"{where}test", progress=report.waiting("preparing test data"))
     test = label_like(test, train)

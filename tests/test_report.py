@@ -176,6 +176,15 @@ def test_a_full_disk_is_one_line_too(number: int, name: str | None, where: str, 
     assert capsys.readouterr().err.startswith(f"error: no space left on the device while writing {where}; free some and run")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EEXIST])
+def test_a_path_that_cannot_be_used_is_named(number: int, capsys: pytest.CaptureFixture):
+    def main(argv):
+        raise OSError(number, os.strerror(number), "/some/where")
+
+    assert program(main, []) == 2
+    assert capsys.readouterr().err.startswith(f"error: /some/where: {os.strerror(number)}; name a path that can be used")
+
+
 @pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EACCES, "no"), AssertionError("ours")])
 def test_everything_else_shows_its_trace(error: Exception):
     def main(argv):

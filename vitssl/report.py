@@ -23,6 +23,7 @@ from rich.text import Text
 
 from vitssl.errors import UserError
 
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 PATIENCE = 3.0  # seconds that a later process waits for its launcher to end it before it tells its error
 KEPT = 1000  # rows of each file, to look back at
 WIDE = 120  # columns of a terminal that has room for a bar beside the text
@@ -158,7 +159,7 @@ def program(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
             where, what = error.filename or "the run's folder", "no space left on the device"
             what = error.strerror.lower() if error.errno == errno.EFBIG else what
             message = f"{what} while writing {where}; free some and run the same command to go on"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and error.filename:
+        elif error.errno in _UNUSABLE and error.filename:
             message = f"{error.filename}: {error.strerror}; name a path that can be used, or mend its permissions"
         else:
             raise

@@ -200,6 +200,7 @@ def test_refusals(argv: list[str], exported, tmp_path: Path, picture: Callable, 
         (["kind=cls"], r"kind='cls': takes some of class, mean, patches"),
         (["layer=first"], "layer='first': takes last, or numbers of blocks"),
         (["layer=3"], "layer=3: the encoder has 2 blocks; take 1 to 2, or last"),
+        (["data.repeats=2"], "data.repeats: is about training, and here every image is looked at once; leave it out"),
     ):
         with pytest.raises(ConfigError, match=message):
             main([*argv, *([] if wrong[0].startswith("out") else [out]), *wrong])

@@ -257,6 +257,15 @@ def test_refusals(argv: list[str], tmp_path: Path, data: Path, monkeypatch: pyte
     for empty in ("protocol=[]", "encoder=[]"):
         with pytest.raises(ConfigError, match=rf"{empty[:-3]}.*is empty"):
             main([word for word in argv if not word.startswith("encoder=")] + [empty])
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(ConfigError, match=r"out=.*page\.html: is a folder; give the name of a file"):
+        main([*argv[:-2], f"out={tmp_path}/page.html", argv[-1]])
+    for setting in ("repeats=3", "ledger=true", f"quarantine={tmp_path}/stray.jsonl"):
+        with pytest.raises(ConfigError, match=rf"^data\.{setting.partition('=')[0]}: is about training, and here every"):
+            main([*argv, f"data.{setting}"])
+    mixed = f"data.sources=[{{path: {data}, weight: 2}}, {{path: {data}}}]"
+    with pytest.raises(ConfigError, match=r"^data\.sources: weight: is about training"):
+        main([word for word in argv if not word.startswith("data.")] + [mixed])
     stray = tmp_path / "stray.csv"
     stray.write_text("path,label\n" + "".join(f"{tmp_path}/{number}.jpg,{number * 10_000}\n" for number in range(3)))
     (tmp_path / "0.jpg").write_bytes(b"")

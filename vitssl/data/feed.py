@@ -69,6 +69,15 @@ def _open(config: PlaceConfig, key: str, access: Access, progress: Progress | No
         raise type(error)(f"{key}: {without_secrets(str(error))}") from None
 
 
+def refuse_training_settings(config: DataConfig, *, key: str) -> None:
+    """Raise ConfigError for settings of how images are trained on, where each is only looked at, once."""
+    names = ("repeats", "quarantine", "ledger")
+    given = [name for name in names if getattr(config, name) != DataConfig.model_fields[name].default]
+    given += ["sources: weight"] if len({each.weight for each in config.sources}) > 1 else []
+    if given:
+        raise ConfigError(f"{key}.{given[0]}: is about training, and here every image is looked at once; leave it out")
+
+
 def training_samples(
     source: Source,
     config: DataConfig,
