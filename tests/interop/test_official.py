@@ -37,7 +37,7 @@ def ddp(state: State) -> State:
 
 
 EXTRA = {
-    "args": argparse.Namespace(lr=np.float64(0.1), data_path="/somewhere", betas=(0.9, np.float32(0.95))),
+    "args": argparse.Namespace(lr=np.float64(0.1), data_path=np.str_("/somewhere"), betas=np.ones(2, dtype=np.float32)),
     "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]},
     "epoch": 300,
     "scaler": {"scale": 1.0},
@@ -144,6 +144,12 @@ FLAWS = {
     "an unknown format": (lambda p: None, "mea", r"--format mea: is none of mae, moco_v3"),
     "no square": (lambda p: p["model"].update(pos_embed=torch.zeros(1, 16, 24)), "mae", r"15 positions are no square grid"),
     "no tensors": (lambda p: [p.pop(name) for name in ("model", "optimizer")], None, r"holds no tensors"),
+    "one twice": (
+        lambda p: p.update(module={"epoch": torch.ones(1)}, epoch=torch.zeros(1)),
+        None,
+        r"holds two tensors epoch, one below",
+    ),
+    "a stranger's numbers": (lambda p: p.update(lr=np.ones(1, dtype=complex)), None, r"numpy\.dtypes\.Complex128DType,"),
     "a stranger": (lambda p: p.update(path=Path("/x")), None, r"holds objects of the kind pathlib\.\w+, which would run code"),
 }
 
@@ -186,6 +192,15 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=r"is damaged") as raised:
                 import_official(tmp_path / f"bad{suffix}")
             assert "\n" not in str(raised.value)
+
+
+def test_tensors_of_other_shapes(tmp_path: Path) -> None:
+    """Parts that are joined while the state is made, before anything is compared with a network."""
+    state = FILES["dinov2"][1](golden("dinov2")[0])
+    for damaged in (torch.zeros(1, 1, 3), torch.zeros(0)):
+        torch.save({**state, "cls_token": damaged}, tmp_path / "file.pth")
+        with pytest.raises(CheckpointError, match=r"is no whole checkpoint of dinov2: tensors are missing or of other shapes"):
+            import_official(tmp_path / "file.pth", heads=2)
 
 
 def test_equal_names_ask_which_is_meant(tmp_path: Path) -> None:

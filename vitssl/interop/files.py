@@ -18,7 +18,7 @@ from torch import Tensor
 from vitssl.errors import CheckpointError
 
 _WRAPPERS = ("module", "_orig_mod")  # names that DistributedDataParallel and torch.compile put between
-_KINDS = [type(np.dtype(kind)) for kind in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8")]
+_KINDS = [type(np.dtype(kind)) for kind in ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "U", "S")]
 _INERT = [argparse.Namespace, np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct, *_KINDS]
 
 
@@ -38,20 +38,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         found = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}; fetch it again") from None
-    tensors = dict(_flat(found))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _flat(found):
+        if name in tensors and not torch.equal(tensors[name], tensor):
+            raise CheckpointError(
+                f"{path} holds two tensors {name}, one below {' or '.join(_WRAPPERS)}; save the one that is meant alone"
+            )
+        tensors[name] = tensor
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; give a checkpoint's file")
     return tensors
 
 
 def _unpickled(path: Path) -> Any:
-    old = {"numpy.core.multiarray.scalar": np._core.multiarray.scalar}  # as numpy 1 called it
+    names = ("scalar", "_reconstruct")
+    old = {f"numpy.core.multiarray.{name}": getattr(np._core.multiarray, name) for name in names}  # as numpy 1 called them
     with torch.serialization.safe_globals([*_INERT, *((thing, name) for name, thing in old.items())]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # its own kinds, those of the zip and pickle libraries, and any of damaged bytes
             said = str(error)
-    name = said.partition("GLOBAL ")[2].split(" ")[0]
+    name = said.partition("GLOBAL ")[2].split(" ")[0] or said.partition("but got <class '")[2].split("'")[0]
     if name:
         raise CheckpointError(
             f"{path} holds objects of the kind {name}, which would run code that is not here to be trusted; save its state"

@@ -52,7 +52,7 @@ def import_official(path: Path, *, format: str | None = None, heads: int | None 
     try:
         state = kind.convert(dict(found.encoder))
         values = kind.section_of(state, heads=heads or kind.heads(found.encoder)) | dict(kind.section)
-    except (KeyError, ValueError, IndexError) as error:  # what the section is read from is missing, or of no such shape
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:  # what is read is missing, or of no such shape
         missing = f"{error.args[0]} is missing" if isinstance(error, KeyError) else "tensors are missing or of other shapes"
         raise CheckpointError(f"{path}: is no whole checkpoint of {name}: {missing}; fetch it again") from None
     section = build(EncoderConfig, values, where=str(path))
