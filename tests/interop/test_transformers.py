@@ -24,18 +24,15 @@ from vitssl.interop.transformers import export_transformers, import_transformers
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
 MLP = {"intermediate_size": 48}
-DECODER = {
-    "decoder_hidden_size": 8,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 32,
-}
+DECODER = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+DECODER = {f"decoder_{key}": value for key, value in DECODER.items()}
 SHARED = {"use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT": ("ViTModel", MLP),
     "ViT, no bias, one channel": ("ViTModel", MLP | {"qkv_bias": False, "num_channels": 1}),
     "ViT, tanh": ("ViTModel", MLP | {"hidden_act": "gelu_pytorch_tanh"}),
     "ViT classifier": ("ViTForImageClassification", MLP | {"num_labels": 3}),
+    "ViT in pretraining": ("ViTForMaskedImageModeling", MLP | {"encoder_stride": 4}),
     "ViTMAE": ("ViTMAEModel", MLP),
     "ViTMAE with its decoder": ("ViTMAEForPreTraining", MLP | DECODER),
     "DINOv2": ("Dinov2Model", {"mlp_ratio": 3}),
@@ -100,6 +97,7 @@ def test_what_is_read_computes_the_same(case: str, tmp_path: Path) -> None:
     model = made(name, **values)
     model.save_pretrained(tmp_path)
     found = import_transformers(tmp_path)
+    assert not transformers.logging.get_logger("transformers.modeling_utils").isEnabledFor(30)  # nor are its tables shown
     encoder, channels = found.encoder, values.get("num_channels", 3)
     # the class token's sum with its position is float32 here, and so are rotations
     bound = 1e-7 if "registers" in case else 1e-6 if "DINOv3" in case else 1e-12

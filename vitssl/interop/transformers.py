@@ -35,6 +35,7 @@ except ImportError as error:
 FARTHEST = 1e-2  # of the outputs' size: how far timm's epsilon may lead from the file's own
 ACTIVATIONS = {"gelu": {}, "gelu_new": {"act_layer": "gelu_tanh"}, "gelu_pytorch_tanh": {"act_layer": "gelu_tanh"}}
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # what does not fit is told here, and what is declared is no cause for a table
 
 
 def import_transformers(folder: Path) -> Imported:
@@ -182,7 +183,8 @@ def _load(name: str, folder: Path, **options: Any) -> tuple[nn.Module, list[str]
     except Exception as error:  # its own kinds, safetensors' and the network's
         raise CheckpointError(f"transformers {transformers.__version__} cannot load {folder}: {_line(error)}") from error
     missing = sorted(key for key in said["missing_keys"] if not key.endswith("mask_token"))
-    left = sorted(key for key in said["unexpected_keys"] if not key.startswith(BESIDE))
+    own = f"{model.base_model_prefix}."  # below which a larger model's file has the encoder
+    left = sorted(key for key in said["unexpected_keys"] if not key.removeprefix(own).startswith(BESIDE))
     other = sorted(str(each[0]) for each in said["mismatched_keys"])
     found = {"missing": missing, "unexpected": left, "of other shape": other}
     if any(found.values()):
