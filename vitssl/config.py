@@ -34,7 +34,10 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
-        return {key: _merge(defaults[key].model_dump(exclude_unset=True), value) if key in defaults else value for key, value in values.items()}
+        return {
+            key: _merge(defaults[key].model_dump(exclude_unset=True), value) if key in defaults else value
+            for key, value in values.items()
+        }
 
 
 def _read_duration(value: Any) -> Duration:
