@@ -65,9 +65,10 @@ class Data2Vec(Objective):
 
     def forward(self, nets: Nets, views: dict[str, Tensor], clock: Clock, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """views["image"] [B, C, H, W] -> the loss, and itself as the only metric ``loss``."""
-        grid = self.spec.grid
-        mask = block_masks(draw("mask", block_noise(grid)), grid, self.num_masked, min_area=self.config.min_block, exact=True)
-        loss = smooth_l1(*self.compared(nets, views["image"], mask), beta=self.config.beta)
+        images, grid = views["image"], self.spec.grid
+        noise = draw("mask", block_noise(grid), host=True)  # a GPU would be kept busy by a thousand tiny kernels
+        mask = block_masks(noise, grid, self.num_masked, min_area=self.config.min_block, exact=True)
+        loss = smooth_l1(*self.compared(nets, images, mask.to(images.device)), beta=self.config.beta)
         return loss, {"loss": loss.detach()}
 
     def compared(self, nets: Nets, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
