@@ -156,6 +156,29 @@ def test_the_plan_shows_every_number():
     assert len(PLAN.lines()) == len(lines)
 
 
+SHAPES = [
+    ({}, "0, then half cosine"),
+    ({"start_lr": 5e-7, "final_lr": 1e-6}, "5e-07, then half cosine to 1e-06"),
+    ({"lr_shape": "linear"}, "0, then a line"),
+    ({"lr_shape": "constant"}, "0, then constant"),
+    ({"lr_shape": "multistep", "milestones": [9000], "gamma": 0.1}, "0, then x 0.1 at step 9,000"),
+    (
+        {"lr_shape": "multistep", "milestones": [9000, 12_500], "gamma": 0.5},
+        "0, then x 0.5 at step 9,000 and 12,500 (beyond the run)",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, words", SHAPES)
+def test_how_the_rate_moves_is_shown_and_done(changes: dict, words: str):
+    plan = dataclasses.replace(PLAN, **changes)
+    assert dict(plan.lines())["lr"].endswith(f"warm-up 1,667 steps from {words}")
+    schedule = plan.lr_schedule()
+    assert (schedule.at(0), schedule.at(1667)) == (plan.start_lr, plan.lr)
+    half = plan.lr * {"constant": 1.0, "multistep": plan.gamma}.get(plan.lr_shape, 0.0) + plan.final_lr
+    assert schedule.at(12_499) == pytest.approx(half, abs=1e-6)
+
+
 def test_a_changing_decay_is_shown():
     plan = dataclasses.replace(PLAN, weight_decay=0.04, final_weight_decay=0.4)
     assert dict(plan.lines())["decay"] == "0.04 to 0.4 along a half cosine"
@@ -169,7 +192,7 @@ def test_the_plan_is_saved_whole(tmp_path: Path):
 
 
 def test_the_plans_schedule():
-    schedule = PLAN.lr_schedule(final=1e-6)
+    schedule = dataclasses.replace(PLAN, final_lr=1e-6).lr_schedule()
     assert schedule.at(0) == 0
     assert schedule.at(PLAN.warmup_steps) == PLAN.lr
     assert schedule.at(PLAN.steps) == pytest.approx(1e-6)

@@ -1,11 +1,13 @@
 """Durations as people write them, and the schedule of MAE's official code."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from vitssl.errors import ConfigError
 from vitssl.schedule import Duration, Schedule
@@ -89,6 +91,25 @@ def test_a_schedule_begins_peaks_and_ends_where_it_says(schedule: Schedule, step
 def test_shapes(shape: str, quarter: float, half: float):
     schedule = Schedule(peak=1.0, warmup=10, total=110, shape=shape)
     assert [schedule.at(step) for step in (35, 60)] == pytest.approx([quarter, half])
+
+
+def test_it_falls_at_milestones():
+    """SimMIM's ViT-B: a tenth from epoch 700 of 800 on, and no sooner; after a warm-up of ten from 5e-7."""
+    schedule = Schedule(4e-4, start=5e-7, warmup=10, total=800, shape="multistep", milestones=(700,))
+    assert [schedule.at(epoch) for epoch in (0, 5, 10, 699)] == pytest.approx([5e-7, 2.0025e-4, 4e-4, 4e-4])
+    assert [schedule.at(epoch) for epoch in (700, 799, 900)] == pytest.approx([4e-5] * 3)
+    twice = replace(schedule, milestones=(700, 100), gamma=0.5)
+    assert [twice.at(epoch) / 4e-4 for epoch in (99, 100, 700)] == pytest.approx([1, 0.5, 0.25])
+
+
+def test_dinos_rate_but_for_its_warm_up():
+    """That ends a step early with the peak, which comes again: ours rises by a fortieth where it rises by a thirty-ninth."""
+    official = load_file(GOLDEN.parent / "dino/outputs.safetensors")["sched.lr_official_defaults"].tolist()
+    peak = official[40]
+    assert official[39] == peak == max(official)
+    schedule = Schedule(peak, final=1e-6, warmup=40, total=200)
+    assert [schedule.at(step) for step in range(40, 200)] == pytest.approx(official[40:], rel=1e-12)
+    assert [schedule.at(step) * 40 / 39 for step in range(40)] == pytest.approx(official[:40], rel=1e-12)
 
 
 def test_warm_up_beyond_the_run_is_only_a_ramp():

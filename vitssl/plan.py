@@ -36,6 +36,11 @@ class Plan:
     costs: list[str] = field(default_factory=list)  # of reading this data, in words
     parameters: dict[str, int] = field(default_factory=dict)  # per rule, counted once each
     memory: dict[str, int] = field(default_factory=dict)  # bytes per process
+    start_lr: float = 0.0
+    final_lr: float = 0.0
+    lr_shape: str = "cosine"
+    milestones: list[int] = field(default_factory=list)  # steps at which the rate is multiplied by ``gamma``
+    gamma: float = 0.1
     weight_decay: float = 0.0
     final_weight_decay: float | None = None  # None: it stays
     waits: dict[str, int] = field(default_factory=dict)  # rule -> first steps, in which its parameters stay
@@ -44,9 +49,10 @@ class Plan:
     def steps_per_epoch(self) -> float:
         return self.samples / self.batch_size
 
-    def lr_schedule(self, *, final: float) -> Schedule:
-        """Warm-up from zero and half cosine, per iteration."""
-        return Schedule(peak=self.lr, final=final, warmup=self.warmup_steps, total=self.steps)
+    def lr_schedule(self) -> Schedule:
+        """The learning rate, per iteration."""
+        ends = {"start": self.start_lr, "final": self.final_lr, "warmup": self.warmup_steps, "total": self.steps}
+        return Schedule(self.lr, **ends, shape=self.lr_shape, milestones=tuple(self.milestones), gamma=self.gamma)
 
     def decay_schedule(self) -> Schedule:
         """The weight decay, per iteration: constant, or half a cosine without warm-up, as in DINO's ``cosine_scheduler``."""
@@ -65,19 +71,28 @@ class Plan:
         lanes = " + ".join(str(lanes) for lanes, *_ in self.layouts)
         twice = f", {self.readers} of which read each byte" if self.readers > 1 else ""
         batch = f"{self.batch_size} = {factors} (processes x micro-batch x accumulation){meet}"
-        then = "then half cosine" if self.warmup_steps < self.steps else "longer than the run: this rate is never reached"
+        warmup = f"warm-up {self.warmup_steps:,} steps from {self.start_lr:g}"
+        then = self._then if self.warmup_steps < self.steps else "longer than the run: this rate is never reached"
         return [
             ("data", f"{self.samples:,} images{ignored}, {lanes} lanes, {self.workers} loader processes each{twice}"),
             *(("note", cost) for cost in self.costs),
             ("length", f"{self.steps:,} steps = {self.epochs:,.4g} epochs"),
             ("batch", batch),
-            ("lr", f"{self.lr:.4g} ({self.lr_rule}), warm-up {self.warmup_steps:,} steps from 0, {then}"),
+            ("lr", f"{self.lr:.4g} ({self.lr_rule}), {warmup}, {then}"),
             *([] if self.final_weight_decay is None else [("decay", self._decay)]),
             *(("wait", f"{steps:,} steps in which {who} keeps its weights") for who, steps in self._waiting.items()),
             ("engine", f"{self.engine}, {self.precision}, {self.device}"),
             *((f"rule {rule}", f"{count:,} parameters") for rule, count in self.parameters.items()),
             ("memory", ", ".join(f"{part} {_bytes(size)}" for part, size in self.memory.items()) + " per process"),
         ]
+
+    @property
+    def _then(self) -> str:
+        if self.lr_shape == "multistep":
+            places = [f"{step:,}{'' if step < self.steps else ' (beyond the run)'}" for step in self.milestones]
+            return f"then x {self.gamma:g} at step {' and '.join(places)}"
+        shape = {"cosine": "half cosine", "linear": "a line"}.get(self.lr_shape, self.lr_shape)
+        return f"then {shape}" + (f" to {self.final_lr:g}" if self.final_lr else "")
 
     @property
     def _waiting(self) -> dict[str, int]:

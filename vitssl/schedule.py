@@ -58,8 +58,11 @@ class Duration:
 class Schedule:
     """A value along the run: linear warm-up from ``start`` to ``peak``, then ``shape`` down (or up) to ``final``.
 
+    ``multistep`` has no end: the peak is multiplied by ``gamma`` at each of the steps ``milestones``.
+
     With the half cosine and ``start=0`` this is the schedule of MAE's ``util/lr_sched.py``, taken per iteration:
-    step 0 has the value ``start``, and the value at step ``total`` would be ``final``.
+    step 0 has the value ``start``, and the value at step ``total`` would be ``final``. DINO's and I-JEPA's codes differ by a
+    step: DINO's warm-up ends with ``peak`` one step early, which then comes twice; I-JEPA's first step has the second value.
     """
 
     peak: float
@@ -67,7 +70,9 @@ class Schedule:
     final: float = 0.0
     warmup: int = 0
     total: int = 1
-    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    shape: Literal["cosine", "linear", "constant", "multistep"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
 
     def over(self, total: int) -> "Schedule":
         """The same values along a run of ``total`` steps."""
@@ -79,6 +84,8 @@ class Schedule:
             return self.start + (self.peak - self.start) * step / self.warmup
         if self.shape == "constant":
             return self.peak
+        if self.shape == "multistep":
+            return self.peak * self.gamma ** sum(step >= milestone for milestone in self.milestones)
         progress = min(1.0, (step - self.warmup) / max(1e-12, self.total - self.warmup))
         rest = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.final + (self.peak - self.final) * rest

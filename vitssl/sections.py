@@ -115,8 +115,14 @@ class OptimConfig(Section):
     lr_rule: Annotated[str, AfterValidator(_lr_rule)] = Field(
         "linear/256", description="linear/256: lr = base_lr x batch_size / 256; sqrt/1024; none"
     )
-    final_lr: float = Field(0.0, ge=0, description="absolute learning rate at the end of the half cosine")
-    warmup: Time = Field(Duration(5, "%"), description="linear warm-up from 0, as 40ep, 5% or steps")
+    final_lr: float = Field(0.0, ge=0, description="absolute learning rate at the end of the half cosine or the line")
+    warmup: Time = Field(Duration(5, "%"), description="linear warm-up, as 40ep, 5% or steps")
+    start_lr: float = Field(0.0, ge=0, description="absolute learning rate at the beginning of the warm-up")
+    milestones: list[Time] = Field([], description="of shape=multistep, as [700ep]: where the learning rate falls")
+    gamma: Positive | None = Field(None, description="of shape=multistep: what it is multiplied by there; null: 0.1")
+    shape: Literal["cosine", "linear", "constant", "multistep"] = Field(
+        "cosine", validate_default=True, description="of the learning rate after the warm-up"
+    )
     weight_decay: float = Field(0.05, ge=0, description="AdamW: decoupled; SGD: times the weights, on the gradient")
     decay: Decay = Field(
         "matrices", description="all: everything (MoCo v3); matrices: not vectors (MAE, DINO); layers: nor tokens and positions"
@@ -133,6 +139,26 @@ class OptimConfig(Section):
     clip_by: Literal["global", "parameter"] = Field(
         "global", description="norm of all gradients together, or of each parameter's alone (DINO)"
     )
+
+    @field_validator("start_lr")
+    @classmethod
+    def _starts(cls, value: float, info: ValidationInfo) -> float:
+        if value and "warmup" in info.data and not info.data["warmup"].value:
+            raise ValueError("is where a warm-up begins, and optim.warmup=0; leave one of the two out")
+        return value
+
+    @field_validator("shape")
+    @classmethod
+    def _has_its_own(cls, value: str, info: ValidationInfo) -> str:
+        steps = value == "multistep"
+        if steps and not info.data.get("milestones", True):
+            raise ValueError("falls at optim.milestones, and there are none; write them as [700ep]")
+        for key in ("milestones", "gamma") if not steps else ():
+            if info.data.get(key):
+                raise ValueError(f"has no steps, and optim.{key} is for shape=multistep; leave it out")
+        if value in ("constant", "multistep") and info.data.get("final_lr"):
+            raise ValueError(f"never comes to optim.final_lr={info.data['final_lr']:g}; leave that out")
+        return value
 
     @field_validator("clip_by")
     @classmethod

@@ -23,6 +23,7 @@ SETTINGS = {
     "clip": ("optim.clip=0.02", "optim.clip_by=parameter"),
     "wait": (),
     "layers": ("optim.layer_decay=0.5", "optim.patch_lr=0.2", "optim.decay=all"),
+    "steps": ("optim.shape=multistep", "optim.milestones=[3, 50%]", "optim.start_lr=0.002"),
     "decay": ("optim.weight_decay=0.1", "optim.final_weight_decay=20.0"),
 }
 

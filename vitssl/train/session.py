@@ -132,7 +132,7 @@ class Session:
             return fit(
                 self.engine,
                 batches=bearable(feed, max_fraction=config.data.max_bad_fraction, seen=self.start * plan.batch_size, bad=bad),
-                schedule=plan.lr_schedule(final=config.optim.final_lr),
+                schedule=plan.lr_schedule(),
                 decay=plan.decay_schedule(),
                 start=self.start,
                 total=plan.steps,
