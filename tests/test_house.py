@@ -18,7 +18,7 @@ Tree = dict[str, str]
 
 FLOORS = {
     0: "errors config schedule plan views sections command",
-    1: "task dist report losses masks draws card",
+    1: "task dist report losses masks draws card lars",
     2: "models data probes",
     3: "objectives train interop inspect",
     4: "cli pretrain finetune",
@@ -27,7 +27,7 @@ FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units.split(
 FEW_THIRD_PARTIES = {"report": {"rich"}, "card": set(), "probes": {"torch", "numpy"}} | {
     word: {"yaml", "pydantic"} for word in FLOORS[0].split()
 }
-FEW_THIRD_PARTIES |= {tool: {"torch"} for tool in ("task", "dist", "losses", "masks", "draws")}
+FEW_THIRD_PARTIES |= {tool: {"torch"} for tool in ("task", "dist", "losses", "masks", "draws", "lars")}
 HOMES = {  # third party -> where it may be imported
     "timm": r"vitssl\.models\..*|vitssl\.data\.augment|vitssl\.interop\.timm",
     "accelerate": r"vitssl\.train\..*",

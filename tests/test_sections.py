@@ -9,12 +9,18 @@ from vitssl.errors import ConfigError
 from vitssl.sections import OptimConfig
 
 REFUSED = {
-    "steps without places": ({"shape": "multistep"}, r"shape='multistep': falls at optim.milestones, and there are"),
-    "places without steps": ({"milestones": ["7ep"]}, r"shape='cosine': has no steps, and optim.milestones is for"),
-    "a factor of no steps": ({"gamma": 0.5, "shape": "linear"}, r"shape='linear': has no steps, and optim.gamma is for"),
+    "steps without places": ({"shape": "multistep"}, r"shape='multistep': falls at optim.milestones, and there"),
+    "places without steps": ({"milestones": ["7ep"]}, r"shape='cosine': has no steps, and optim.milestones"),
+    "a factor of no steps": ({"gamma": 0.5, "shape": "linear"}, r"shape='linear': has no steps, and optim.gamma"),
     "an end of a constant": ({"final_lr": 1e-6, "shape": "constant"}, r"shape='constant': never comes to optim.final_lr"),
-    "an end of steps": ({"final_lr": 1e-6, "shape": "multistep", "milestones": [3]}, r"shape='multistep': never comes to optim"),
-    "a start of no warm-up": ({"start_lr": 1e-6, "warmup": 0}, r"start_lr=1e-06: is where a warm-up begins, and optim.warmup=0"),
+    "an end of steps": (
+        {"final_lr": 1e-6, "shape": "multistep", "milestones": [3]},
+        r"shape='multistep': never comes to optim",
+    ),
+    "a start of no warm-up": (
+        {"start_lr": 1e-6, "warmup": 0},
+        r"start_lr=1e-06: is where a warm-up begins, and optim.warmup=0",
+    ),
     "a way to clip nothing": ({"clip_by": "parameter"}, r"clip_by=.parameter.: says whose norm is bounded, and optim.clip"),
 }
 

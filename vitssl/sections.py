@@ -110,7 +110,9 @@ class DataConfig(SourceConfig):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or stochastic gradient descent with momentum (ViT's)")
+    name: Literal["adamw", "sgd", "lars"] = Field(
+        "adamw", description="AdamW, stochastic gradient descent with momentum (ViT's), or LARS (ResNets' contrast)"
+    )
     base_lr: float = Field(1.5e-4, gt=0, description="learning rate before the rule")
     lr_rule: Annotated[str, AfterValidator(_lr_rule)] = Field(
         "linear/256", description="linear/256: lr = base_lr x batch_size / 256; sqrt/1024; none"
@@ -123,14 +125,15 @@ class OptimConfig(Section):
     shape: Literal["cosine", "linear", "constant", "multistep"] = Field(
         "cosine", validate_default=True, description="of the learning rate after the warm-up"
     )
-    weight_decay: float = Field(0.05, ge=0, description="AdamW: decoupled; SGD: times the weights, on the gradient")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW: decoupled; SGD, LARS: on the gradient")
     decay: Decay = Field(
         "matrices", description="all: everything (MoCo v3); matrices: not vectors (MAE, DINO); layers: nor tokens and positions"
     )
     final_weight_decay: float | None = Field(
         None, ge=0, description="at the end, along a half cosine from weight_decay (DINO); null: constant"
     )
-    momentum: Beta = Field(0.9, description="SGD's")
+    momentum: Beta = Field(0.9, description="SGD's and LARS's")
+    trust: Positive = Field(0.001, description="LARS's step of a matrix, as a share of its size")
     layer_decay: float | None = Field(None, gt=0, le=1, description="learning rate x this per block below the last; null: off")
     patch_lr: Positive = Field(1.0, description="times the learning rate of the patch embedding (DINOv2: 0.2)")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")

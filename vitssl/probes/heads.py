@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitssl.lars import trust_ratios
 from vitssl.probes.batches import Shuffled
 from vitssl.schedule import Schedule
 
@@ -71,7 +72,7 @@ class LinearHeads:
             if matrix or self.recipe.lars is None:
                 gradient = gradient + self.recipe.weight_decay * values
             if matrix and self.recipe.lars is not None:
-                gradient = gradient * self._trust(values, gradient)[:, None, None]
+                gradient = gradient * trust_ratios(values, gradient, self.recipe.lars)[:, None, None]
             momentum.mul_(self.recipe.momentum).add_(gradient)
             values -= rates.to(values).view(-1, *[1] * (values.ndim - 1)) * momentum
         return losses
@@ -94,11 +95,6 @@ class LinearHeads:
         self.mean.lerp_(mean, _BATCH_MOMENTUM)
         self.variance.lerp_(unbiased, _BATCH_MOMENTUM)
         return (features - mean) / (variance + _EPS).sqrt()
-
-    def _trust(self, weights: Tensor, updates: Tensor) -> Tensor:
-        """[G] by how much a layer's step is scaled (You et al. 2017); 1 where a norm is 0."""
-        size, step = weights.flatten(1).norm(dim=1), updates.flatten(1).norm(dim=1)
-        return torch.where((size > 0) & (step > 0), self.recipe.lars * size / step, 1.0)
 
 
 def train_heads(

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vitssl.errors import ConfigError
+from vitssl.lars import LARS
 from vitssl.sections import OptimConfig
 from vitssl.task import Rule, Task
 
-MOMENTS: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+_BALL = ("momentum_buffer",)
+MOMENTS: Mapping[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": _BALL, "lars": _BALL}
 """What torch calls the tensors that an optimiser keeps for each parameter: the state that a checkpoint holds."""
 
 
@@ -58,7 +60,7 @@ def covers(rule: Rule, name: str, parameter: nn.Parameter) -> bool:
 def build_optimizer(
     task: Task, config: OptimConfig, *, lr: float, device: torch.device, waits: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD with heavy-ball momentum over the task's rules, fused where the device has it.
+    """AdamW (Loshchilov and Hutter 2019) or SGD with heavy-ball momentum, fused where the device has it, or LARS.
 
     Each group is a ``rule`` and carries ``lr_scale``, ``decay_scale`` and the first steps in which it ``waits`` (by rule), by
     which :func:`set_rates` follows the run.
@@ -78,6 +80,8 @@ def build_optimizer(
     fused = device.type in ("cuda", "cpu")
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=fused)
+    if config.name == "lars":
+        return LARS(groups, lr=lr, momentum=config.momentum, trust=config.trust)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 

@@ -129,11 +129,13 @@ def _waits(rules: Sequence[Rule], begun: Mapping[str, int] | None, *, steps: int
 
 
 def _refuse_flat_partitions(config: ProgramConfig) -> None:
-    """DeepSpeed lays parameters end to end and cuts the line among the processes, so nobody sees one parameter's norm."""
-    if config.launch.engine.startswith("zero") and config.optim.clip_by == "parameter":
+    """Raise ConfigError for what needs to see a parameter whole."""
+    asked = {"optim.clip_by=parameter": config.optim.clip_by == "parameter", "optim.name=lars": config.optim.name == "lars"}
+    if config.launch.engine.startswith("zero") and any(asked.values()):
+        key = next(key for key, wanted in asked.items() if wanted)
         raise ConfigError(
-            f"optim.clip_by=parameter with launch.engine={config.launch.engine}: DeepSpeed clips by the norm of all gradients"
-            " alone; take optim.clip_by=global, or launch.engine=ddp"
+            f"{key} with launch.engine={config.launch.engine}: it goes by the norm of each parameter, and DeepSpeed cuts all of"
+            " them, laid end to end, among the processes; take launch.engine=ddp"
         )
 
 
