@@ -55,10 +55,16 @@ class EncoderConfig(Section):
     channels: Count = Field(3, description="input channels")
     registers: NonNegativeInt | None = Field(None, description="register tokens after the class token; null: as the name says")
     class_token: bool | None = Field(None, description="whether there is a class token; null: as the name says")
-    positions: Literal["learned", "sincos"] = Field("learned", description="learned, or fixed 2-D sin-cos (MAE's order)")
+    positions: Literal["learned", "sincos", "sincos_moco_v3"] = Field(
+        "learned", description="learned, or fixed 2-D sin-cos: columns first (MAE), or rows first (MoCo v3)"
+    )
     pos_resample: Literal["timm", "mae", "dino"] = Field("timm", description="whose interpolation serves other image sizes")
-    drop_path: Fraction = Field(0.0, description="stochastic depth of the last block; earlier ones linearly less")
-    weights_init: Literal["timm", "mae"] = Field("timm", description="whose initialisation")
+    drop_path: Fraction = Field(0.0, description="stochastic depth of the last block")
+    drop_path_shape: Literal["linear", "uniform"] = Field(
+        "linear", description="earlier blocks have linearly less of it, or the same (DINOv2)"
+    )
+    weights_init: Literal["timm", "mae", "moco_v3"] = Field("timm", description="whose initialisation")
+    freeze_patch_embed: bool = Field(False, description="whether the patch embedding stays as it begins (MoCo v3)")
     arguments: dict[str, Any] = Field({}, description="further arguments of timm.create_model, such as depth or embed_dim")
 
 

@@ -36,6 +36,7 @@ DINOV3 = {"name": "vit_small_patch16_dinov3", "registers": 4}
 SAME = {  # (the new encoder, the old one, what is said)
     "equal": ({}, {}, []),
     "fixed positions": ({"positions": "sincos"}, {"positions": "sincos"}, []),
+    "fixed positions, rows first": ({"positions": "sincos_moco_v3"}, {"positions": "sincos_moco_v3"}, []),
     "fixed positions become learned ones": ({}, {"positions": "sincos"}, []),
     "registers": ({"registers": 2}, {"registers": 2}, []),
     "registers without positions": (REGISTERS, REGISTERS, []),
@@ -57,7 +58,7 @@ def test_the_same_network_says_the_same(case: str) -> None:
     torch.testing.assert_close(ours.patches, theirs.patches, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours.prefix, theirs.prefix, rtol=1e-10, atol=1e-10)
     if encoder.vit.pos_embed is not None:
-        assert encoder.vit.pos_embed.requires_grad == (encoder.positions != "sincos")
+        assert encoder.vit.pos_embed.requires_grad != encoder.fixed
 
 
 def test_other_images_patches_and_channels_are_told() -> None:

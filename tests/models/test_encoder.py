@@ -17,6 +17,7 @@ VARIANTS = {
     "no class token": {"class_token": False},
     "registers without class token": {"class_token": False, "registers": 3},
     "fixed sin-cos": {"positions": "sincos", "weights_init": "mae"},
+    "MoCo v3": {"positions": "sincos_moco_v3", "weights_init": "moco_v3", "freeze_patch_embed": True},
     "one channel": {"channels": 1},
     "four channels": {"channels": 4},
     "oblong image": {"image_size": (32, 48)},

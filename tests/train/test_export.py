@@ -126,6 +126,17 @@ def test_encoder_like_is_fresh(tmp_path: Path):
     )
 
 
+def test_what_pretraining_froze_is_trained_afterwards(tmp_path: Path):
+    """MoCo v3's positions and patches; its positions are in the rows' order, and come along as they are."""
+    frozen = {"positions": "sincos_moco_v3", "freeze_patch_embed": True, "drop_path": 0.2, "drop_path_shape": "uniform"}
+    encoder = export_to(tmp_path, **frozen)
+    again, _ = load_encoder(tmp_path, drop_path=0.1)
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    assert not all(parameter.requires_grad for parameter in encoder.parameters())
+    assert torch.equal(again.state()["pos_embed"], encoder.state()["pos_embed"])
+    assert isinstance(again.vit.blocks[0].drop_path1, torch.nn.Identity)
+
+
 def rewrite(path: Path, **changes) -> None:
     facts = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in facts.items() if value is not None}))

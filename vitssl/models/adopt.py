@@ -13,7 +13,7 @@ from torch import Tensor
 from vitssl.errors import CheckpointError
 from vitssl.models.encoder import Encoder
 from vitssl.models.patches import inflate_kernels, resize_kernels
-from vitssl.models.positions import Grid, resample, sincos_2d
+from vitssl.models.positions import Grid, resample
 from vitssl.models.state import require_fit
 
 _CARRIED = ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight")
@@ -61,7 +61,7 @@ def adopt(encoder: Encoder, other: Encoder) -> list[str]:
     grids = f"{_by(other.spec.grid)} -> {_by(spec.grid)}"
     if "pos_embed" in state and "pos_embed" in own:
         state["pos_embed"] = torch.cat([places, _positions(encoder, other)], dim=1)
-        rule = "the fixed table" if encoder.positions == "sincos" else f"{encoder.pos_resample}'s rule"
+        rule = "the fixed table" if encoder.fixed else f"{encoder.pos_resample}'s rule"
         notes += [f"positions {grids} ({rule})"] if spec.grid != other.spec.grid else []
     if any(own[name].shape != tensor.shape for name, tensor in _between(other.state()).items()):
         notes.append(f"relative positions {grids} (timm's rule)")
@@ -109,7 +109,7 @@ def _slots(encoder: Encoder) -> list[str]:
 def _prefix(encoder: Encoder, other: Encoder) -> tuple[Tensor, Tensor]:
     """The prefix tokens [1, R, D] and their positions [1, R or 0, D] as they are to be."""
     (tokens, places), (theirs, beside) = _tokens(encoder), _tokens(other)
-    placed = encoder.vit.pos_prefix > 0 and encoder.positions != "sincos"  # else positions are added to the tokens
+    placed = encoder.vit.pos_prefix > 0 and not encoder.fixed  # else positions are added to the tokens
     for number, slot in enumerate(_slots(encoder)):
         if slot in _slots(other):
             old = _slots(other).index(slot)
@@ -132,12 +132,12 @@ def _tokens(encoder: Encoder) -> tuple[Tensor, Tensor]:
 def _positions(encoder: Encoder, other: Encoder) -> Tensor:
     """[1, N, D]: the patches' positions on the encoder's own grid."""
     table, grid = other.state()["pos_embed"][:, other.vit.pos_prefix :], other.spec.grid
-    if encoder.positions != "sincos":
+    if not encoder.fixed:
         return resample(table, grid, encoder.spec.grid, encoder.pos_resample)
-    fixed = sincos_2d(encoder.spec.dim, grid)[None].to(table)
+    fixed = encoder.table(grid)[None].to(table)
     if (table - fixed).abs().max() > 1e-3:  # half-precision files have the table to 5e-4
         raise CheckpointError(
-            f"the positions of these weights are not the fixed table that encoder.positions=sincos stands for; take"
+            f"the positions of these weights are not the fixed table of encoder.positions={encoder.positions}; take"
             f" encoder.positions=learned, which begins with them ({_by(grid)})"
         )
     return encoder.state()["pos_embed"][:, encoder.vit.pos_prefix :]

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from vitssl.errors import ConfigError
 from vitssl.models.adapters.build import build
-from vitssl.models.adapters.timm_vit import TimmViT, compile_in_place
-from vitssl.models.init import init_as_mae
-from vitssl.models.positions import Grid, ResampleRule, sincos_2d
+from vitssl.models.adapters.timm_vit import TimmViT, compile_in_place, drop_evenly
+from vitssl.models.init import init_as_mae, init_as_moco_v3
+from vitssl.models.positions import FIRST, Grid, ResampleRule, sincos_2d
 from vitssl.models.state import require_fit
 
 Pooling = Literal["mean", "class"]
+_INITS = {"mae": init_as_mae, "moco_v3": init_as_moco_v3}
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,19 @@ class Encoder(nn.Module):
         channels: int = 3,
         registers: int | None = 0,
         class_token: bool | None = True,
-        positions: Literal["learned", "sincos"] = "learned",
+        positions: Literal["learned", "sincos", "sincos_moco_v3"] = "learned",
         pos_resample: ResampleRule = "timm",
         drop_path: float = 0.0,
-        weights_init: Literal["timm", "mae"] = "timm",
+        drop_path_shape: Literal["linear", "uniform"] = "linear",
+        weights_init: Literal["timm", "mae", "moco_v3"] = "timm",
+        freeze_patch_embed: bool = False,
         arguments: Mapping[str, Any] | None = None,
     ) -> "Encoder":
         """A new encoder over the timm ``VisionTransformer``, ``Eva`` or ``Beit`` called ``name``, without a head.
 
         ``None`` for patch size, registers or class token means what the name says. ``positions="sincos"`` freezes MAE's
-        table (zero for prefix tokens). ``arguments`` are further keyword arguments of ``timm.create_model``.
+        table (zero for prefix tokens), ``"sincos_moco_v3"`` MoCo v3's. ``arguments`` are further keyword arguments of
+        ``timm.create_model``.
         Raises ConfigError for an unknown or unsupported name, a size that the patches do not divide, or an argument that
         has a key of its own.
         """
@@ -134,10 +138,13 @@ class Encoder(nn.Module):
             drops=vit.drops,
         )
         encoder = cls(vit, spec, architecture=name, arguments=told, positions=positions)
-        if weights_init == "mae":
-            init_as_mae(encoder)
-        if positions == "sincos":
+        if weights_init in _INITS:
+            _INITS[weights_init](encoder)
+        if encoder.fixed:
             encoder._fix_positions()
+        if drop_path_shape == "uniform":
+            drop_evenly(vit.blocks, drop_path)
+        vit.patch_embed.requires_grad_(not freeze_patch_embed)
         return encoder
 
     def forward(
@@ -194,6 +201,15 @@ class Encoder(nn.Module):
         return self.arguments | own | self.vit.norm_arguments(after_pooling=head["fc_norm"])
 
     @property
+    def fixed(self) -> bool:
+        """Whether positions are a table, and which does not train."""
+        return self.positions in FIRST
+
+    def table(self, grid: Grid) -> Tensor:
+        """[N, D] float64: the fixed positions of a grid."""
+        return sincos_2d(self.spec.dim, grid, first=FIRST[self.positions])
+
+    @property
     def pos_resample(self) -> ResampleRule:
         """The rule that carries positions to other image sizes; it belongs in ``encoder.json``."""
         return self.vit.pos_resample
@@ -222,11 +238,12 @@ class Encoder(nn.Module):
 
     def _fix_positions(self) -> None:
         if self.vit.pos_embed is None:
-            raise ConfigError(f"encoder.positions=sincos, but {self.architecture} has no absolute positions; use learned")
-        table = sincos_2d(self.spec.dim, self.spec.grid)
+            raise ConfigError(
+                f"encoder.positions={self.positions}, but {self.architecture} has no absolute positions; use learned"
+            )
         with torch.no_grad():
             self.vit.pos_embed.zero_()
-            self.vit.pos_embed[0, self.vit.pos_prefix :].copy_(table)
+            self.vit.pos_embed[0, self.vit.pos_prefix :].copy_(self.table(self.spec.grid))
         self.vit.pos_embed.requires_grad_(False)
 
 

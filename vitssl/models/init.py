@@ -24,6 +24,28 @@ def init_as_mae(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
+def init_as_moco_v3(module: nn.Module) -> None:
+    """MoCo v3's initialisation of an encoder (Chen et al. 2021, after the official code), in place.
+
+    Linear layers Xavier-uniform with zero bias, queries, keys and values as the three matrices they are; the patch embedding
+    Xavier-uniform with zero bias, its fan-out that of one place; class and register tokens N(0, 1e-6).
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            each = part.weight.chunk(3) if name.endswith(".qkv") else [part.weight]
+            for matrix in each:
+                nn.init.xavier_uniform_(matrix)
+        elif isinstance(part, nn.Conv2d) and name.endswith("patch_embed.proj"):
+            nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
+        else:
+            continue
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in ("cls_token", "reg_token"):
+            nn.init.normal_(parameter, std=1e-6)
+
+
 def init_as_jepa(module: nn.Module) -> None:
     """I-JEPA's initialisation (official code, ``init_model``), in place: linear layers and mask tokens N(0, 0.02), no bias.
 

@@ -14,6 +14,8 @@ from vitssl.errors import ConfigError
 
 Grid = tuple[int, int]
 ResampleRule = Literal["timm", "mae", "dino"]
+FIRST: dict[str, Literal["column", "row"]] = {"sincos": "column", "sincos_moco_v3": "row"}
+"""Kinds of fixed positions -> the coordinate in the first half of their channels."""
 
 
 def sincos_2d(dim: int, grid: Grid, *, first: Literal["column", "row"] = "column") -> Tensor:

@@ -143,11 +143,12 @@ def newest_export(runs: Path) -> Path:
 def encoder_like(path: Path | Held, **changes: Any) -> tuple[Encoder, dict[str, Any]]:
     """An encoder built as an export says and initialised afresh, and the export's facts.
 
-    ``changes`` overwrite keys of its encoder section (``image_size``, ``drop_path``). Positions are trainable, also those that
-    were fixed in pretraining, as in MAE's fine-tuning.
+    ``changes`` overwrite keys of its encoder section (``image_size``, ``drop_path``). Positions and the patch embedding are
+    trainable, also those that were fixed in pretraining, as in MAE's and MoCo v3's fine-tuning; and stochastic depth grows
+    linearly.
     """
-    facts = read_facts(path)
-    section = build(EncoderConfig, {**facts["encoder"], **changes}, where=str(path))
+    facts, forgotten = read_facts(path), {"freeze_patch_embed": False, "drop_path_shape": "linear"}
+    section = build(EncoderConfig, {**facts["encoder"], **forgotten, **changes}, where=str(path))
     encoder = Encoder.create(section.name, **section.model_dump(exclude={"name"}))
     if encoder.vit.pos_embed is not None:
         encoder.vit.pos_embed.requires_grad_(True)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +37,13 @@ def fuse_attention(module: nn.Module, fused: bool) -> None:
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             part.fused_attn = fused
+
+
+def drop_evenly(blocks: Iterable[nn.Module], rate: float) -> None:
+    """Give every block the same stochastic depth; timm's own grows from 0 with the depth."""
+    for block in blocks:
+        for name in [name for name, _ in block.named_children() if name.startswith("drop_path")]:
+            setattr(block, name, DropPath(rate))
 
 
 def run_blocks(
