@@ -42,13 +42,14 @@ def test_pairs_by_a_slow_oracle(logits: int):
     ]  # fmt: skip
     expected = torch.stack(terms).mean()
     wanted = torch.autograd.grad(expected, [student, prototypes])
-    loss, entropy = pair_cross_entropy(student, teacher, prototypes, others, centre, **TEMPERATURES, logits=logits)
+    loss, entropy, mean = pair_cross_entropy(student, teacher, prototypes, others, centre, **TEMPERATURES, logits=logits)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for found, gradient in zip(torch.autograd.grad(loss, [student, prototypes]), wanted):
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-14)
     chosen = torch.distributions.Categorical(logits=(teacher @ others.T - centre) / 0.07)
     torch.testing.assert_close(entropy, chosen.entropy().mean())
-    assert not entropy.requires_grad
+    torch.testing.assert_close(mean, chosen.probs.mean(dim=(0, 1)))
+    assert not entropy.requires_grad and not mean.requires_grad
 
 
 @pytest.mark.parametrize("logits", [1 << 26, 24, 1], ids=["at once", "parts", "row by row"])
@@ -115,7 +116,7 @@ def test_losses_and_gradients_equal_dinov2(method: str, tolerance: float):
     large, small = (doubled(name).requires_grad_() for name in ("s_global", "s_local"))
     crops = torch.cat([large.unflatten(0, (2, 4)), small.unflatten(0, (3, 4))]).transpose(0, 1)
     taught = teacher.unflatten(0, (2, 4)).flip(0).transpose(0, 1)
-    pairs, _ = pair_cross_entropy(crops, taught, known, known, centre, **TEMPERATURES)
+    pairs, _, _ = pair_cross_entropy(crops, taught, known, known, centre, **TEMPERATURES)
     close(pairs.detach(), OUTPUTS[f"{method}.scaled_local"] + OUTPUTS[f"{method}.scaled_global"])
     masks = INPUTS["masks"]
     weights = (1 / masks.sum(dim=1).double())[masks.nonzero()[:, 0]]

@@ -1,5 +1,7 @@
 """DINO against the official implementation: losses, gradients, centres, a multi-crop pass, two epochs; and what it refuses."""
 
+import math
+
 import pytest
 import torch
 from official_crops import SPEC, START, Golden, close, of_logits, official_task, ours, restart, temperature, views_of
@@ -11,6 +13,7 @@ from vitssl.models.encoder import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.dino import DINO, TemperatureConfig
 from vitssl.schedule import Clock
+from vitssl.train.optim import group_parameters
 
 GOLDEN = Golden("dino")
 EPOCH = GOLDEN.config["epoch"]
@@ -141,7 +144,37 @@ def test_parameter_groups_are_the_official_ones():
     decays = {name: p.ndim > 1 for name, p in task.named_parameters() if p.requires_grad}
     groups = GOLDEN.tables["param_groups"]
     expected = {ours(name, "dino"): kind == "regularised" for kind in groups for name in groups[kind]}
-    assert decays == expected and [rule.vectors for rule in task.param_rules()] == [False, True]
+    assert decays == expected
+    found = {group.rule.name: (group.names, group.rule) for group in group_parameters(task)}
+    for name, (names, rule) in found.items():
+        assert rule.weight_decay == float(decays[names[0]]), name
+    frozen = [name for names, rule in found.values() if rule.waits for name in names]
+    assert sorted(frozen) == sorted(ours(name, "dino") for name in GOLDEN.tables["parameters_without_gradient_after_cancel"])
+    assert {str(rule.waits) for _, rule in found.values() if rule.waits} == {"1ep"}
+
+
+def test_the_losses_of_held_out_images_are_of_one_temperature():
+    objective = of_logits("dino", 6, {"teacher_temperature": {"start": 0.04, "peak": 0.07, "warmup": 8}})
+    rows = torch.randn(2, 3, 6).double()
+    losses = [objective.compare({"crops": rows}, {"teacher": rows[:, :2]}, Clock(step, 10, 0, 0))[0] for step in (0, 8)]
+    assert losses[0] != losses[1]
+    objective.eval()
+    found = [objective.compare({"crops": rows}, {"teacher": rows[:, :2]}, Clock(step, 10, 0, 0))[0] for step in (0, 8)]
+    assert torch.equal(*found)
+
+
+def test_metrics_tell_a_collapsed_teacher():
+    """One prototype for all; no choice at all; and each image its own."""
+    objective, crops = of_logits("dino", 6, {}), torch.randn(6, 3, 6).double()
+    same, even, own = (
+        torch.zeros(6, 2, 6).double(),
+        torch.zeros(6, 2, 6).double(),
+        torch.eye(6).double()[:, None].repeat(1, 2, 1),
+    )
+    same[..., 3] = 5.0
+    found = [objective.compare({"crops": crops}, {"teacher": teacher}, START)[1] for teacher in (same, even, own)]
+    assert [float(metrics["entropy"]) for metrics in found] == pytest.approx([0, math.log(6), 0], abs=1e-6)
+    assert [float(metrics["usage"]) for metrics in found] == pytest.approx([1, 6, 6], abs=1e-6)
 
 
 def test_views_differ_as_the_official_ones():

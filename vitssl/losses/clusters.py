@@ -27,8 +27,8 @@ def pair_cross_entropy(
     temperature: float,
     teacher_temperature: float,
     logits: int = LOGITS,
-) -> tuple[Tensor, Tensor]:
-    """(loss, entropy of the teacher's choices), scalars in nats: each of its crops teaches all other crops of the sample.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, entropy of the teacher's choices, scalars in nats, and their mean [P]): each of its crops teaches all others.
 
     student [B, V, E] with the T crops that the teacher saw as the first of V, teacher [B, T, E], prototypes [P, E] each,
     centre [P]. Mean over samples and over the T x V - T pairs. DINO (Caron et al. 2021, algorithm 1 and equation 3); DINOv2
@@ -40,8 +40,9 @@ def pair_cross_entropy(
         choice = _choices(teacher, teacher_prototypes, centre, teacher_temperature)
         return _pairs(F.linear(student, prototypes), *choice, temperature=temperature)
 
-    loss, entropy = _in_parts(some, student, teacher, width=(crops + taught) * len(prototypes), logits=logits)
-    return loss / (num * (taught * crops - taught)), entropy.detach() / (num * taught)
+    sums = _in_parts(some, student, teacher, width=(crops + taught) * len(prototypes), logits=logits)
+    chosen = sums[1:].detach() / (num * taught)
+    return sums[0] / (num * (taught * crops - taught)), chosen[0], chosen[1:]
 
 
 def row_cross_entropy(
@@ -135,11 +136,12 @@ def _choices(rows: Tensor, prototypes: Tensor, centre: Tensor, temperature: floa
 
 @full_precision
 def _pairs(student: Tensor, assigned: Tensor, entropies: Tensor, *, temperature: float) -> Tensor:
-    """[2]: the sums of cross entropies over pairs and of entropies. student [b, V, P] logits, assigned [b, T, P]."""
+    """[2 + P]: sums of cross entropies over pairs, of entropies, of choices. student [b, V, P] logits, assigned [b, T, P]."""
     student = student / temperature
     losses = torch.logsumexp(student, dim=-1)[:, None] - assigned @ student.mT  # [b, T, V]: -sum of q log p, as q sums to 1
     same = torch.eye(*losses.shape[1:], dtype=torch.bool, device=losses.device)
-    return torch.stack([losses.masked_fill(same, 0.0).sum(), entropies.sum()])
+    sums = losses.masked_fill(same, 0.0).sum(), entropies.sum()
+    return torch.cat([torch.stack(sums), assigned.sum(dim=(0, 1))])
 
 
 @full_precision

@@ -21,7 +21,7 @@ from vitssl.objectives.crops import LARGE, MultiCropConfig, by_sample, joined
 from vitssl.plan import Stack
 from vitssl.schedule import Clock, Duration, Schedule
 from vitssl.sections import Beta, Positive
-from vitssl.task import Draw, Embeddings
+from vitssl.task import Draw, Embeddings, Rule, decay_rules
 from vitssl.views import View
 
 
@@ -59,10 +59,18 @@ class HeadConfig(Section):
 
 
 class DINO(Objective):
-    """Cross entropy of class tokens over pairs of crops; with ``koleo`` they also keep away from each other."""
+    """Cross entropy of class tokens over pairs of crops; with ``koleo`` they also keep away from each other.
+
+    Metrics beside the losses: ``entropy`` of a teacher's choice in nats (0: it always chooses one prototype, ln P: it never
+    chooses), and ``usage``, how many prototypes its choices of a batch are spread over.
+    """
 
     class Config(Objective.Config):
         head: HeadConfig = HeadConfig()
+        freeze_last_layer: Time = Field(
+            Duration(1, "ep"),
+            description="while the prototypes stand still at the beginning: epochs, a share of the run, or steps",
+        )
         temperature: Positive = Field(0.1, description="of the student's logits")
         teacher_temperature: TemperatureConfig = TemperatureConfig()
         centring: Literal["mean", "sinkhorn"] = Field("mean", description="of the steps before, or Sinkhorn's, of each batch")
@@ -99,12 +107,12 @@ class DINO(Objective):
         return {"teacher": by_sample(self.teacher_head(nets.teacher(joined(views, LARGE)).cls), 2)}
 
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
-        crops, teacher, warmth = embeddings["crops"], targets["teacher"], self.config.teacher_temperature.at(clock)
+        crops, teacher, warmth = embeddings["crops"], targets["teacher"], self._warmth(self.config.teacher_temperature, clock)
         prototypes = self.head.last_layer(), self.teacher_head.average.last_layer()
         centre = self._centre(self.centre, teacher.flatten(0, 1), prototypes[1], warmth)
         options = {"temperature": self.config.temperature, "teacher_temperature": warmth}
-        loss, entropy = pair_cross_entropy(crops, teacher, *prototypes, centre, **options)
-        metrics = {"loss": loss.detach(), "entropy": entropy}
+        loss, entropy, chosen = pair_cross_entropy(crops, teacher, *prototypes, centre, **options)
+        metrics = {"loss": loss.detach(), "entropy": entropy, "usage": torch.exp(-torch.xlogy(chosen, chosen).sum())}
         if self.config.koleo:
             spread = self._spread(embeddings["tokens"])
             loss, metrics["koleo"] = loss + self.config.koleo * spread, spread.detach()
@@ -119,6 +127,19 @@ class DINO(Objective):
 
     def stacks(self) -> list[Stack]:
         return self._stacks
+
+    def param_rules(self) -> list[Rule]:
+        if not self.config.freeze_last_layer.value:
+            return []
+        last = r"(?:patch_)?head\.last_layer\..*"
+        waiting = decay_rules(last, prefix="last_layer.", waits=self.config.freeze_last_layer)
+        return decay_rules(rf"(?!{last}).*") + [
+            rule for rule in waiting if not rule.vectors
+        ]  # both of its tensors are matrices
+
+    def _warmth(self, temperature: TemperatureConfig, clock: Clock) -> float:
+        """The teacher's temperature; in evaluation its peak, so that losses on the same images can be compared."""
+        return temperature.at(clock) if self.training else temperature.peak
 
     def _embedded(self, large: Tensor, nets: Nets, views: dict[str, Tensor]) -> Embeddings:
         """``large`` [2B, D]: the class tokens of the large crops."""

@@ -105,7 +105,7 @@ class IBOT(DINO):
 
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = super().compare(embeddings, targets, clock)
-        warmth = (self.config.patch_teacher_temperature or self.config.teacher_temperature).at(clock)
+        warmth = self._warmth(self.config.patch_teacher_temperature or self.config.teacher_temperature, clock)
         prototypes = (
             (self.patch_head or self.head).last_layer(),
             (self.teacher_patch_head or self.teacher_head).average.last_layer(),
