@@ -74,7 +74,7 @@ class DINO(Objective):
         temperature: Positive = Field(0.1, description="of the student's logits")
         teacher_temperature: TemperatureConfig = TemperatureConfig()
         centring: Literal["mean", "sinkhorn"] = Field("mean", description="of the steps before, or Sinkhorn's, of each batch")
-        centre_momentum: Beta = Field(0.9, description="of the mean along the steps")
+        centre_momentum: Beta | None = Field(None, description="of the mean along the steps; null: 0.9 (official code)")
         koleo: NonNegativeFloat = Field(0.0, description="weight of the distance between images' class tokens (DINOv2: 0.1)")
         koleo_group: int | None = Field(None, ge=2, description="images that look at each other; null: the whole batch")
         crops: MultiCropConfig = MultiCropConfig()
@@ -151,14 +151,14 @@ class DINO(Objective):
 
     def _refuse_unused(self, key: str, *, unless: bool, why: str) -> None:
         """Raise ConfigError for a key that was given and that no other setting lets matter."""
-        if not unless and key in self.config.model_fields_set:
+        if not unless and getattr(self.config, key) is not None:
             raise ConfigError(
                 f"objectives.{self.name}.{key}={getattr(self.config, key)} would change nothing: {why}; leave it out"
             )
 
     def _new_centre(self, head: HeadConfig) -> Centre | None:
-        mean = self.config.centring == "mean"
-        return Centre(head.prototypes, momentum=self.config.centre_momentum) if mean else None
+        given = self.config.centre_momentum
+        return None if self.config.centring == "sinkhorn" else Centre(head.prototypes, momentum=0.9 if given is None else given)
 
     def _centre(
         self, centre: Centre | None, rows: Tensor, prototypes: Tensor, temperature: float, *, shown: Tensor | None = None

@@ -62,7 +62,7 @@ class IBOT(DINO):
         patch_head: HeadConfig | None = Field(None, description="of the patches alone; null: they share the class token's")
         patch_weight: NonNegativeFloat = Field(1.0, description="of the patches' loss")
         patch_teacher_temperature: TemperatureConfig | None = Field(None, description="for patches; null: as for class tokens")
-        centred_on: Literal["all", "masked"] = Field("all", description="patches whose mean is the centre (DINOv2: masked)")
+        centred_on: Literal["all", "masked"] | None = Field(None, description="patches of the mean (DINOv2: masked); null: all")
         masks: MaskConfig = MaskConfig()
         crops: CropsConfig = CropsConfig()
 
@@ -95,7 +95,7 @@ class IBOT(DINO):
         mask, masked = self.masks(draw, images.device)
         tokens, head = nets.teacher(images), self.teacher_patch_head or self.teacher_head
         found = {"teacher": by_sample(self.teacher_head(tokens.cls), 2)}
-        if self.patch_centre is not None and self.config.centred_on == "all":
+        if self.patch_centre is not None and self.config.centred_on != "masked":
             rows = head(tokens.patches)  # [2B, N, E]
             found |= {"teacher_patches": rows.flatten(0, 1)[masked], "seen": rows.mean(dim=1)}
         else:
