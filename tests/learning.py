@@ -69,7 +69,8 @@ def judged(encoder: str, data: str) -> dict[str, float]:
     rows = json.loads(out.read_text())
     found: dict[str, list[float]] = {}
     for row in rows if isinstance(rows, list) else rows["rows"]:
-        found.setdefault(f"{row['protocol']} {row.get('setting', '')}".strip(), []).append(row["value"])
+        key = "linear" if row["protocol"] == "linear_mae" else f"{row['protocol']} {row['setting']}"
+        found.setdefault(key, []).append(row["value"])
     return {key: round(sum(values) / len(values), 4) for key, values in found.items()}
 
 
