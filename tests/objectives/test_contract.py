@@ -119,3 +119,14 @@ def test_evaluation_waits_for_nobody_and_changes_nothing(case: str):
         loss, _ = task(batch(task, slice(0, 3)), CLOCK)
     assert torch.isfinite(loss)
     assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
+
+
+@EVERY
+def test_health_is_measured_without_a_step(case: str):
+    task = build(case, dtype=torch.float32).eval()
+    with torch.no_grad():
+        _, found = task(batch(task), CLOCK, phase="health")
+    assert all(torch.isfinite(value) and value.ndim == 0 for value in found.values())
+    assert all(found[f"{name}/token_gradient"] > 0 for name in CASES[case].objectives)
+    assert ("teacher_distance" in found) == (task.teacher is not None)
+    assert all(parameter.grad is None for parameter in task.parameters())

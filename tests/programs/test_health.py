@@ -10,6 +10,7 @@ from outcome import refused
 MOCO = ("objectives.mae=null", "objectives.moco_v3={hidden: 16, out: 8}", "heldout.pictures=0", "heldout.every=99")
 WATCHED = (*MOCO, "health.every=2", "health.images=12")
 ALIAS = ("teacher={momentum: 0, final: 0}",)
+HEAD = "{prototypes: 64, hidden: 64, bottleneck: 16}"
 LATER = """
 from vitssl.models.twin import Twin
 real, calls = Twin.update, {}
@@ -45,6 +46,23 @@ def test_a_learning_rate_of_a_hundred_times_stops_the_run(pretrain: Callable, tm
     refused(run, "stopped at step ", "saved: ", "the learning rate is too high", "health.on_alarm=warn goes on all the same")
     step = run.rows("health.jsonl")[-1]["step"]
     assert step <= 10 and run.checkpoints()[-1].name == f"step_{step:08}"
+
+
+@pytest.mark.parametrize(
+    "planted, cause",
+    [
+        ("teacher_temperature: {start: 3, peak: 3}", "the teacher's temperature is too high"),
+        ("centre_momentum: 0.99999", "targets are not centred, or the centre's momentum is too high"),
+    ],
+)
+def test_a_planted_collapse_of_dino_names_its_cause(pretrain: Callable, tmp_path: Path, planted: str, cause: str) -> None:
+    """Within 40 steps of 400."""
+    dino = f"objectives.dino={{head: {HEAD}, crops: {{local_size: 8, num_local: 2}}, freeze_last_layer: 0, {planted}}}"
+    options = ("teacher.momentum=0.9", "length=400", "optim.base_lr=2e-3", "batch_size=16", "health.images=24")
+    watched = ("objectives.mae=null", "heldout.pictures=0", "heldout.every=999", "health.every=10", "health.on_alarm=stop")
+    run = pretrain(tmp_path / "run", *watched, dino, *options)
+    refused(run, cause)
+    assert run.rows("health.jsonl")[-1]["step"] <= 40
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -10,7 +10,8 @@ Row = Mapping[str, float]
 Rule = Callable[[Sequence[Row]], str | None]
 
 LASTING = 2  # rows that a sign must stand in
-ONE = 0.1  # of even use: below it few prototypes are all that is used
+ONE = 1.5  # prototypes: fewer, and all images are one
+FEW_USED = 0.05  # of the prototypes that were used at the beginning
 EVEN = 0.995  # of the entropy of even targets: above it targets say nothing
 FLAT = 0.15  # of what the spread of features was at the beginning
 FEW = 0.3  # of what RankMe was at the beginning
@@ -49,6 +50,8 @@ def _rising(rows: Sequence[Row]) -> str | None:
     if _lasting(rows, lambda row: row["weights"] > GROWN * first["weights"]):
         grown = rows[-1]["weights"] / first["weights"]
         return f"the encoder's weights have grown to {grown:.1f} times their norm: the learning rate is too high"
+    if "teacher_distance" in rows[-1]:
+        return None  # targets change with a teacher, so the loss may well rise
     begun = next((row["loss"] for row in rows if "loss" in row), 0.0)  # there is none before the first step
     if _lasting(rows, lambda row: row.get("loss", begun) > begun + (HIGH - 1) * abs(begun)):
         return f"the loss is {rows[-1]['loss']:.4g} and was {begun:.4g} at first: the learning rate is too high"
@@ -57,16 +60,17 @@ def _rising(rows: Sequence[Row]) -> str | None:
 
 def _one_prototype(rows: Sequence[Row]) -> str | None:
     for key in _keys(rows, "usage"):
-        if _lasting(rows, lambda row, key=key: row.get(key, 1.0) < ONE):
+        begun = next(row[key] for row in rows if key in row)
+        if _lasting(rows, lambda row, key=key, begun=begun: row.get(key, begun) < max(ONE, FEW_USED * begun)):
             return (
-                f"{key} is {rows[-1][key]:.3f}: all images go to a few prototypes; targets are not centred, or the centre's"
+                f"{key} is {rows[-1][key]:.3g}: all images go to a few prototypes; targets are not centred, or the centre's"
                 " momentum is too high"
             )
     return None
 
 
 def _even_targets(rows: Sequence[Row]) -> str | None:
-    for key in _keys(rows, "target_entropy"):
+    for key in _keys(rows, "entropy"):
         if _lasting(rows, lambda row, key=key: row.get(key, 0.0) > EVEN):
             return (
                 f"{key} is {rows[-1][key]:.4f}: targets are the same for all prototypes; the teacher's temperature is too high"

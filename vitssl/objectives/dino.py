@@ -4,6 +4,7 @@ The surprising decision: nothing but a sharp and centred teacher keeps it from c
 (or Sinkhorn's, of this batch), over all processes.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -61,8 +62,8 @@ class HeadConfig(Section):
 class DINO(Objective):
     """Cross entropy of class tokens over pairs of crops; with ``koleo`` they also keep away from each other.
 
-    Metrics beside the losses: ``entropy`` of a teacher's choice in nats (0: it always chooses one prototype, ln P: it never
-    chooses), and ``usage``, how many prototypes its choices of a batch are spread over.
+    Metrics beside the losses: ``entropy`` of a teacher's choice as a share of ln P (0: it always takes one prototype, 1: it
+    never chooses), and ``usage``, how many prototypes its choices of a batch are spread over.
     """
 
     class Config(Objective.Config):
@@ -112,7 +113,8 @@ class DINO(Objective):
         centre = self._centre(self.centre, teacher.flatten(0, 1), prototypes[1], warmth)
         options = {"temperature": self.config.temperature, "teacher_temperature": warmth}
         loss, entropy, chosen = pair_cross_entropy(crops, teacher, *prototypes, centre, **options)
-        metrics = {"loss": loss.detach(), "entropy": entropy, "usage": torch.exp(-torch.xlogy(chosen, chosen).sum())}
+        metrics = {"loss": loss.detach(), "entropy": entropy / math.log(len(chosen))}
+        metrics["usage"] = torch.exp(-torch.xlogy(chosen, chosen).sum())
         if self.config.koleo:
             spread = self._spread(embeddings["tokens"])
             loss, metrics["koleo"] = loss + self.config.koleo * spread, spread.detach()
