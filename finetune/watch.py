@@ -128,6 +128,7 @@ class Evaluation:
             "decoding": session.config.data.model_dump(include={"exif", "arrays", "max_pixels"}),
             "precision": session.engine.precision,
             "pos_resample": encoder.pos_resample,
+            "stem": encoder.stem,
             "mean": list(session.config.data.mean),
             "std": list(session.config.data.std),
             "pooling": head.pooling,

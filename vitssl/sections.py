@@ -55,6 +55,9 @@ class EncoderConfig(Section):
     channels: Count = Field(3, description="input channels")
     registers: NonNegativeInt | None = Field(None, description="register tokens after the class token; null: as the name says")
     class_token: bool | None = Field(None, description="whether there is a class token; null: as the name says")
+    stem: Literal["t2t"] | None = Field(
+        None, description="t2t: Tokens-to-Token, whose patches overlap, for what does not mask; null: as the name says"
+    )
     positions: Literal["learned", "sincos", "sincos_moco_v3"] = Field(
         "learned", description="learned, or fixed 2-D sin-cos: columns first (MAE), or rows first (MoCo v3)"
     )

@@ -223,7 +223,6 @@ def test_load_state_names_what_does_not_fit():
         ({"name": "vit_bse_patch16_224"}, "no such model; the nearest supported: vit_base_patch16_224"),
         ({"name": "resnet50"}, "is a ResNet with"),
         ({"name": "deit_base_distilled_patch16_224"}, "is a VisionTransformerDistilled with PatchEmbed; only a plain"),
-        ({"name": "vit_base_r50_s16_224"}, "is a VisionTransformer with HybridEmbed"),
         ({"image_size": 30}, "encoder.image_size 30x30 is not divisible by patches of 8x8; nearest: 32x32"),
         ({"arguments": {"depht": 3}}, "timm cannot build it with"),
         ({"arguments": {"in_chans": 3}}, "encoder.arguments.in_chans=3 .*set encoder.channels"),

@@ -1,5 +1,6 @@
 """From config and task to numbers: outlines without memory, counts, and an estimate of memory that autograd agrees with."""
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from vitssl.config import build
 from vitssl.data.order import Layout
 from vitssl.errors import ConfigError
 from vitssl.models.adapters.timm_vit import fuse_attention
+from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.plan import Stack, activation_memory
@@ -106,6 +108,18 @@ def test_fine_tuning_is_estimated_too_and_a_frozen_encoder_keeps_nothing(small_m
     full, linear = (activation_memory(task.stacks(), width=4, fused=True, checkpointing=False) for task in tasks)
     assert 0.9 <= full / kept[0] <= 2
     assert kept[1] < linear < 0.3 * kept[0]
+
+
+@pytest.mark.parametrize("stem", [{"stem": "t2t"}, {"name": "vit_tiny_r_s16_p8_224"}], ids=str)
+def test_a_stem_is_counted_as_autograd_counts_it(stem: dict, small_mae: Callable):
+    """Of a network without memory as of a real one, beside the blocks."""
+    arguments = {"embed_dim": 48, "depth": 2, "num_heads": 2}
+    body = Encoder.create(**{"name": "vit_tiny_patch16_224"} | stem, image_size=64, arguments=arguments)
+    task = classify(SimpleNamespace(encoder=body)).train()
+    for part in (task, copy.deepcopy(task).to("meta")):
+        estimate = planning.activations(part, config(), "fp32")
+        blocks = activation_memory(task.stacks(), width=4, fused=True, checkpointing=False)
+        assert estimate > 3 * blocks and 0.7 <= estimate / measured(task, bf16=False) <= 2
 
 
 def test_an_outline_takes_no_memory_and_counts_the_same(small_mae: Callable):

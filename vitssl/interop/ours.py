@@ -12,6 +12,7 @@ from vitssl.models.adapters.build import has_norm_after_pooling, section_of_argu
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead, head_like
 from vitssl.models.state import require_fit
+from vitssl.models.stems import stem_of
 from vitssl.sections import EncoderConfig
 
 
@@ -40,7 +41,7 @@ def classifier_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Clas
         raise CheckpointError(
             f"this classifier names {named:,} classes and its head has {arguments['num_classes']:,}; export it again"
         )
-    said = {"image_size": facts["image_size"], "pos_resample": rule_of(facts)}
+    said = {"image_size": facts["image_size"], "pos_resample": rule_of(facts), "stem": stem_of(facts)}
     values = section_of_arguments(facts["architecture"], arguments) | said
     encoder = create(build(EncoderConfig, values, where="classifier.json"))
     norm = encoder.drop_norm() if has_norm_after_pooling(facts["architecture"], arguments) else False
@@ -52,9 +53,11 @@ def classifier_of(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Clas
     return Classifier(encoder, head).eval()
 
 
-def require_plain_head(facts: Mapping[str, Any], library: str) -> None:
-    """Raise CheckpointError for a classifier with a head that the other library's ViT has no place for."""
-    if said := facts.get("head"):
+def require_plain(facts: Mapping[str, Any], library: str, *, head: bool = True) -> None:
+    """Raise CheckpointError for a head or a stem that the other library's ViT has no place for."""
+    if stem_of(facts):
+        raise CheckpointError(f"this encoder has a Tokens-to-Token stem, and {library} has no place for it; export --to onnx")
+    if head and (said := facts.get("head")):
         kind = "two heads and a distillation token" if said.get("distilled") else f"a hidden layer of {said['hidden']}"
         raise CheckpointError(f"this classifier has {kind}, and {library}'s ViT has no place for that; export --to onnx")
 

@@ -20,7 +20,7 @@ from vitssl.errors import CheckpointError
 from vitssl.interop.deit import is_distilled, under_deit
 from vitssl.interop.folder import new_folder
 from vitssl.interop.official import Imported, statistics_for
-from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, resized, rule_of, tokens_of
+from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain, resized, rule_of, tokens_of
 from vitssl.interop.parity import exactly, require_parity, trial_images
 from vitssl.models.adapters.build import adapter_of, section_of_arguments
 from vitssl.models.state import require_fit
@@ -84,8 +84,7 @@ def export_timm(
     An encoder pools as its export says. ``images``: real ones [N, C, H, W] to compare on too, normalised. Returns the
     difference reached; a distilled classifier becomes timm's DeiT. Raises CheckpointError; ``folder`` is then not there.
     """
-    if not is_distilled(facts):
-        require_plain_head(facts, "timm")
+    require_plain(facts, "timm", head=not is_distilled(facts))
     classifier = "classes" in facts
     pooling = {} if classifier else {"global_pool": {"mean": "avg", "class": "token"}[facts["pooling"]]}
     facts = {**facts, "arguments": facts["arguments"] | pooling}
@@ -134,7 +133,11 @@ def _saved(folder: Path) -> dict[str, Any]:
 
 def _section(model: nn.Module, known: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     stem = model.patch_embed
-    own = {"image_size": list(stem.img_size), "patch_size": list(stem.patch_size), "channels": stem.proj.in_channels}
+    own = {"image_size": list(stem.img_size)}
+    if isinstance(stem, timm.layers.PatchEmbed):
+        own |= {"patch_size": list(stem.patch_size), "channels": stem.proj.in_channels}
+    else:  # a hybrid's, whose patches are of features
+        own |= {"channels": stem.in_chans}
     class_token = model.cls_token is not None
     prefix = {"registers": model.num_prefix_tokens - class_token, "class_token": class_token}
     further = section_of_arguments(known["architecture"], arguments)["arguments"]

@@ -21,7 +21,7 @@ from vitssl.interop.folder import new_folder
 from vitssl.interop.mae import Painter
 from vitssl.interop.names import foreign, own, split_positions
 from vitssl.interop.official import Imported, statistics_for
-from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain_head, rule_of, tokens_of
+from vitssl.interop.ours import classifier_of, create, encoder_of, require_plain, rule_of, tokens_of
 from vitssl.interop.parity import difference, exactly, require_parity, trial_images
 from vitssl.interop.settings import epsilon_of, family_of, processor_of, settings_of, with_scale
 from vitssl.models.state import require_fit
@@ -102,7 +102,7 @@ def export_transformers(
 
     Returns the difference reached. Raises CheckpointError where transformers has no such network; ``folder`` is then not there.
     """
-    require_plain_head(facts, "transformers")
+    require_plain(facts, "transformers")
     classifier = "classes" in facts
     ours = classifier_of(state, facts) if classifier else encoder_of(state, facts)
     if classifier and (facts["pooling"] != "class" or "fc_norm.weight" in state):
@@ -111,6 +111,11 @@ def export_transformers(
             " over patches; export it --to timm or --to onnx"
         )
     body = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    if (ours.encoder if classifier else ours).spec.overlaps:
+        raise CheckpointError(
+            "this encoder has a convolutional network before its blocks, and transformers' ViTs here have none; export it --to"
+            " timm or --to onnx"
+        )
     family = family_of(body, classifier)
     if painter:
         painter.refuse(family)

@@ -16,7 +16,8 @@ from vitssl.models.patches import inflate_kernels, resize_kernels
 from vitssl.models.positions import Grid, resample
 from vitssl.models.state import require_fit
 
-_CARRIED = ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.weight")
+_KERNELS = "patch_embed.proj.weight"
+_CARRIED = ("cls_token", "reg_token", "pos_embed", _KERNELS)
 _PASSING = ("DropPath", "Dropout", "Identity")  # how an encoder trains, not what it is
 
 
@@ -49,14 +50,13 @@ def adopt(encoder: Encoder, other: Encoder) -> list[str]:
     (:func:`require_like`). Raises CheckpointError where positions that were learned would become fixed ones.
     """
     state, own, notes = _fitted(encoder, other) | _stem(other), encoder.state(), []
-    kernels, spec = state["patch_embed.proj.weight"], encoder.spec
+    spec = encoder.spec
     if spec.patch != other.spec.patch:
-        kernels = resize_kernels(kernels, spec.patch)
+        state[_KERNELS] = resize_kernels(state[_KERNELS], spec.patch)
         notes.append(f"patches of {_by(other.spec.patch)} pixels -> {_by(spec.patch)} (FlexiViT)")
     if spec.channels != other.spec.channels:
-        kernels = inflate_kernels(kernels, spec.channels)
+        state[_KERNELS] = inflate_kernels(state[_KERNELS], spec.channels)
         notes.append(f"{other.spec.channels} channels -> {spec.channels}")
-    state["patch_embed.proj.weight"] = kernels
     tokens, places = _prefix(encoder, other)
     grids = f"{_by(other.spec.grid)} -> {_by(spec.grid)}"
     if "pos_embed" in state and "pos_embed" in own:
@@ -75,10 +75,11 @@ def adopt(encoder: Encoder, other: Encoder) -> list[str]:
 
 def _words(encoder: Encoder) -> dict[str, object]:
     """What two networks must share, also where shapes do not tell it."""
-    block, spec = encoder.vit.blocks[0], encoder.spec
+    block, spec, stem = encoder.vit.blocks[0], encoder.spec, type(encoder.vit.patch_embed).__name__
     kinds = sorted({type(part).__name__ for part in block.modules()} - {*_PASSING, type(block).__name__})
     return {
         "width": spec.dim,
+        "stem": f"{stem} of {_by(spec.patch)} pixels and {spec.channels} channels" if spec.overlaps else stem,
         "depth": spec.depth,
         "heads": spec.heads,
         "blocks": f"{type(block).__name__} of {', '.join(kinds)}",

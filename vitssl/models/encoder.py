@@ -19,6 +19,7 @@ from vitssl.models.adapters.timm_vit import TimmViT, compile_in_place, drop_even
 from vitssl.models.init import init_as_mae, init_as_moco_v3
 from vitssl.models.positions import FIRST, Grid, ResampleRule, sincos_2d
 from vitssl.models.state import require_fit
+from vitssl.models.stems import TokensToToken
 
 Pooling = Literal["mean", "class"]
 _INITS = {"mae": init_as_mae, "moco_v3": init_as_moco_v3}
@@ -37,6 +38,15 @@ class EncoderSpec:
     channels: int = 3
     class_token: bool = True  # whether the first prefix token is one
     drops: bool = True  # whether patches can be left out (``keep``)
+    overlaps: bool = False  # whether the stem mixes the pixels of neighbouring patches
+
+    def refuse_masks(self, what: str) -> None:
+        """Raise ConfigError, beginning with ``what``, for an encoder in which masked patches show through."""
+        if self.overlaps:
+            raise ConfigError(
+                f"{what} masks patches, and this encoder's stem has mixed the pixels of neighbouring ones before: its receptive"
+                " field leaks what is masked; take plain patches, or objectives that do not mask"
+            )
 
     def refuse_pooling(self, pooling: Pooling) -> None:
         """Raise ConfigError for the class token of an encoder that has none."""
@@ -105,6 +115,7 @@ class Encoder(nn.Module):
         channels: int = 3,
         registers: int | None = 0,
         class_token: bool | None = True,
+        stem: Literal["t2t"] | None = None,
         positions: Literal["learned", "sincos", "sincos_moco_v3"] = "learned",
         pos_resample: ResampleRule = "timm",
         drop_path: float = 0.0,
@@ -117,17 +128,17 @@ class Encoder(nn.Module):
 
         ``None`` for patch size, registers or class token means what the name says. ``positions="sincos"`` freezes MAE's
         table (zero for prefix tokens), ``"sincos_moco_v3"`` MoCo v3's. ``arguments`` are further keyword arguments of
-        ``timm.create_model``.
+        ``timm.create_model``. ``stem="t2t"`` is Tokens-to-Token in the place of the patch embedding, which timm does not have.
         Raises ConfigError for an unknown or unsupported name, a size that the patches do not divide, or an argument that
         has a key of its own.
         """
         size = _pair(image_size)
         own = {"image_size": size, "patch_size": patch_size, "channels": channels}
         own |= {"registers": registers, "class_token": class_token}
-        vit, told = build(name, own, arguments or {}, pos_resample=pos_resample, drop_path=drop_path)
+        vit, told = build(name, own, arguments or {}, pos_resample=pos_resample, drop_path=drop_path, stem=stem)
         check_size(size, vit.patch, "encoder.image_size")
         spec = EncoderSpec(
-            dim=vit.patch_embed.proj.out_channels,
+            dim=vit.dim,
             depth=len(vit.blocks),
             heads=next(part.num_heads for part in vit.blocks[0].modules() if hasattr(part, "num_heads")),
             patch=vit.patch,
@@ -136,6 +147,7 @@ class Encoder(nn.Module):
             channels=channels,
             class_token=vit.cls_token is not None,
             drops=vit.drops,
+            overlaps=vit.overlaps,
         )
         encoder = cls(vit, spec, architecture=name, arguments=told, positions=positions)
         if weights_init in _INITS:
@@ -163,6 +175,8 @@ class Encoder(nn.Module):
         positions are added. ``last_blocks``: how many block outputs to return as well. Any image size that the patches
         divide is served, by resampled positions. Raises ValueError for a mixture of the two doors, ConfigError for a size.
         """
+        if keep is not None or mask is not None:
+            self.spec.refuse_masks("what is asked")
         if keep is not None and mask is not None:
             raise ValueError("keep drops patches and mask replaces them: give one of the two")
         if (mask is None) != (mask_token is None):
@@ -199,6 +213,11 @@ class Encoder(nn.Module):
         """Arguments by which ``timm.create_model`` makes this encoder with a head: ``head`` is what the head says of itself."""
         own = {key: value for key, value in head.items() if key not in ("fc_norm", "final_norm")}
         return self.arguments | own | self.vit.norm_arguments(after_pooling=head["fc_norm"])
+
+    @property
+    def stem(self) -> str | None:
+        """What timm does not have in the place of its patch embedding; it belongs beside the weights."""
+        return "t2t" if isinstance(self.vit.patch_embed, TokensToToken) else None
 
     @property
     def fixed(self) -> bool:

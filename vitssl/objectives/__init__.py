@@ -58,4 +58,7 @@ def configure(name: str, settings: Mapping[str, Any]) -> Any:
 
 def create(name: str, settings: Mapping[str, Any], spec: "EncoderSpec") -> "Objective":
     """A new objective of the run over an encoder with ``spec``. Raises ConfigError."""
-    return find(name)(configure(name, settings), spec)
+    kind, config = find(name), configure(name, settings)
+    if kind.hides:
+        spec.refuse_masks(f"objectives.{name}")
+    return kind(config, spec)

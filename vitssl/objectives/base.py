@@ -71,6 +71,7 @@ class Objective(nn.Module):
     """Subclasses say what they need and compute a loss; they own whatever exists for this method only (decoder, heads, tokens).
 
     ``momentum``: of the average of the encoder that the run then keeps as a teacher, along the run; None: it needs none.
+    ``hides``: it hides patches from the encoder, which must then not have seen them in their neighbours.
     ``couples_samples``: the loss compares samples with each other, so all that are to meet in it must be there at once.
     """
 
@@ -81,6 +82,7 @@ class Objective(nn.Module):
 
     momentum: ClassVar[Schedule | None] = None
     judges_teacher: ClassVar[bool] = False  # whether its paper probes and publishes the teacher
+    hides: ClassVar[bool] = False
     couples_samples: bool = False
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:

@@ -40,6 +40,7 @@ class Data2Vec(Objective):
         beta: Positive = Field(2.0, description="error from which the loss is linear")
         view: ViewConfig = ViewConfig()
 
+    hides = True
     momentum = Schedule(0.999, final=0.9998, shape="linear")
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:

@@ -68,6 +68,8 @@ class IBOT(DINO):
 
     name = "ibot"
 
+    hides = True
+
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
         self._refuse_unused("centred_on", unless=config.centring == "mean", why="centring=sinkhorn keeps no mean")

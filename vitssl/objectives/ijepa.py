@@ -69,6 +69,7 @@ class IJEPA(Objective):
         predictor: PredictorConfig = PredictorConfig()
         view: ViewConfig = ViewConfig()
 
+    hides = True
     momentum = Schedule(0.996, final=1.0, shape="linear")
     judges_teacher = True
 

@@ -67,6 +67,8 @@ class MAE(Objective):
 
     name: ClassVar[str] = "mae"
 
+    hides = True
+
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
         if not spec.drops:

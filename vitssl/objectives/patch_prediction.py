@@ -39,6 +39,8 @@ class PatchPrediction(Objective):
         bits: int = Field(3, ge=1, le=8, description="per channel of a colour (3: 512 colours)")
         view: ViewConfig = ViewConfig()
 
+    hides = True
+
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
         classes = 2 ** (config.bits * spec.channels)

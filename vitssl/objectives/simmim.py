@@ -38,6 +38,8 @@ class SimMIM(Objective):
         final_norm: bool = Field(True, description="paint from normalised tokens; false: from the last block's, as Swin does")
         view: ViewConfig = ViewConfig()
 
+    hides = True
+
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
         unit, size = config.mask_unit, spec.image_size

@@ -22,6 +22,7 @@ from vitssl.config import build
 from vitssl.errors import CheckpointError
 from vitssl.models.adopt import adopt
 from vitssl.models.encoder import Encoder
+from vitssl.models.stems import stem_of
 from vitssl.sections import EncoderConfig
 
 NEEDED = ("architecture", "arguments", "image_size", "mean", "std", "pooling")  # and an encoder its section "encoder"
@@ -30,6 +31,11 @@ import json, timm
 
 facts = json.load(open("{name}.json"))
 model = timm.create_model(facts["architecture"], **facts["arguments"], checkpoint_path="{name}.safetensors")
+"""
+_ENCODER = """
+import vitssl
+
+encoder, facts = vitssl.load_encoder("{name}.safetensors")
 """
 _OURS = """
 from pathlib import Path
@@ -68,7 +74,8 @@ def write_export(folder: Path, name: str, state: dict[str, Tensor], facts: dict[
         new_weights.chmod(new_words.stat().st_mode)  # safetensors lets nobody but the owner read
         os.replace(new_weights, weights)
         os.replace(new_words, words)
-        library, usage = ("vitssl", _OURS) if facts.get("head") else ("timm", _USAGE)  # a head that timm's ViT cannot have
+        own = _ENCODER if name == "encoder" else _OURS  # where head or stem are none that timm's ViT can have
+        library, usage = ("vitssl", own) if facts.get("head") or stem_of(facts) else ("timm", _USAGE)
         write_card(folder, facts, library=library, usage=usage.format(name=name), run=Path(facts.get("run", folder)))
     except (OSError, SafetensorError) as error:
         for unfinished in (new_weights, new_words):

@@ -1,5 +1,6 @@
 """From config, task and machine to the plan's numbers: what is counted, measured or asked before anything is trained."""
 
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from vitssl.data.order import Layout
 from vitssl.data.sources import Source
 from vitssl.errors import ConfigError
 from vitssl.models.twin import Twin
-from vitssl.plan import Plan, Stack, activation_memory, run_length, scaled_lr, split_batch, training_memory
+from vitssl.plan import Plan, activation_memory, run_length, scaled_lr, split_batch, training_memory
 from vitssl.sections import ProgramConfig
 from vitssl.task import Rule, Task
 from vitssl.train.launch import choose_precision, fuses_attention
@@ -29,20 +30,34 @@ def outline(build: Callable[[], Task]) -> Task:
         return build()
 
 
-def activations(stacks: Sequence[Stack], config: ProgramConfig, precision: str) -> int:
+def activations(task: Task, config: ProgramConfig, precision: str) -> int:
     """Estimated bytes that one sample's forward keeps for its backward."""
-    return activation_memory(
-        stacks,
-        width=4 if precision == "fp32" else 2,
-        fused=fuses_attention(dist.choose_device(config.launch.device), precision),
-        checkpointing=config.launch.checkpointing,
-    )
+    width = 4 if precision == "fp32" else 2
+    fused = fuses_attention(dist.choose_device(config.launch.device), precision)
+    blocks = activation_memory(task.stacks(), width=width, fused=fused, checkpointing=config.launch.checkpointing)
+    return blocks + _stem_memory(task, width)
+
+
+def _stem_memory(task: Task, width: int) -> int:
+    """What a stem of several layers keeps, as autograd says of one without memory; ``width`` bytes a number."""
+    encoder = getattr(task, "encoder", None)
+    if encoder is None or not encoder.spec.overlaps:
+        return 0
+    stem = copy.deepcopy(encoder.vit.patch_embed).to("meta")
+
+    def numbers(num: int) -> int:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda none: none):
+            stem(torch.zeros(num, encoder.spec.channels, *encoder.spec.image_size, device="meta"))
+        return sum(kept)
+
+    return width * (numbers(2) - numbers(1))
 
 
 def batch_split(config: ProgramConfig, task: Task) -> tuple[int, int]:
     """(micro-batch, accumulation) for this machine; ``task`` may be an outline. Raises ConfigError with the arithmetic."""
     device = dist.choose_device(config.launch.device)
-    each = activations(task.stacks(), config, choose_precision(config.launch, device))
+    each = activations(task, config, choose_precision(config.launch, device))
     free = USABLE * _device_memory(device) - sum(_state_memory(config, task).values())
     fits = max(1, int(min(config.batch_size, free / max(1, each))))
     return split_batch(config.batch_size, dist.world(), config.micro_batch, fits=fits)
@@ -70,7 +85,7 @@ def make_plan(
     groups = group_parameters(task)
     waits = _waits([group.rule for group in groups], waits, steps=steps, per_epoch=samples / config.batch_size)
     lr, rule = scaled_lr(config.optim.base_lr, config.optim.lr_rule, config.batch_size)
-    each = activations(task.stacks(), config, precision)
+    each = activations(task, config, precision)
     chosen = choose_workers(config.data, device=device)
     layouts = layouts or choose_layouts(source, config.data, loaders=dist.world() * max(1, chosen))
     layouts = dist.gather_lists([list(layouts)])[0]  # the first process's: machines may know different things of the data

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.models import is_model_in_modules
 from torch import nn
 
@@ -18,7 +18,8 @@ from vitssl.errors import ConfigError
 from vitssl.models.adapters.timm_beit import TimmBeit
 from vitssl.models.adapters.timm_eva import TimmEva
 from vitssl.models.adapters.timm_vit import TimmViT
-from vitssl.models.positions import ResampleRule
+from vitssl.models.positions import Grid, ResampleRule
+from vitssl.models.stems import TokensToToken
 
 ADAPTERS = {"vision_transformer": TimmViT, "eva": TimmEva, "beit": TimmBeit}
 """timm's module -> adapter. Names of other modules (``deit``) are served where they are plain VisionTransformers."""
@@ -33,17 +34,27 @@ def adapter_of(name: str) -> type[TimmViT]:
 
 
 def build(
-    name: str, own: Mapping[str, Any], arguments: Mapping[str, Any], *, pos_resample: ResampleRule, drop_path: float = 0.0
+    name: str,
+    own: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    *,
+    pos_resample: ResampleRule,
+    drop_path: float = 0.0,
+    stem: str | None = None,
 ) -> tuple[TimmViT, dict[str, Any]]:
     """A freshly initialised adapter without pooling and head, and the arguments by which ``timm.create_model`` makes its like.
 
-    ``own``: values of our :data:`KEYS`, None where the name decides. ``arguments``: further ones of timm. Raises ConfigError in
-    one line for what is not supported.
+    ``own``: values of our :data:`KEYS`, None where the name decides. ``arguments``: further ones of timm. ``stem="t2t"``:
+    another in the place of the patch embedding, of which timm knows nothing. Raises ConfigError in one line for what is not
+    supported.
     """
     if not timm.is_model(name):
         raise ConfigError(f"encoder.name={name!r}: timm {timm.__version__} has no such model; {_nearest(name)}")
     adapter = adapter_of(name)
     _refuse_own_keys(adapter, arguments)
+    hybrid = is_model_in_modules(name, ("vision_transformer_hybrid",))
+    if hybrid and own["patch_size"] is not None:
+        raise ConfigError(f"encoder.patch_size={own['patch_size']}: the stem of {name} decides it; leave it out")
     given = dict(arguments) | adapter.fixed | _named(adapter, own)
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
     once = {"num_classes": 0, "global_pool": "", adapter.names["fc_norm"]: False, adapter.names["drop_path"]: drop_path}
@@ -57,6 +68,8 @@ def build(
     _require_served(model, adapter, name)
     if not len(model.blocks):
         raise ConfigError("encoder.arguments.depth=0: an encoder without a block has nothing to train; take at least 1")
+    if stem is not None:
+        _replace_stem(model, stem, name=name, image_size=own["image_size"], channels=own["channels"])
     vit = adapter(model, pos_resample=pos_resample)
     pooling = "avg" if vit.cls_token is None else "token"
     return vit, given | {"num_classes": 0, "global_pool": pooling} | vit.norm_arguments(after_pooling=False)
@@ -103,11 +116,29 @@ def _refuse_own_keys(adapter: type[TimmViT], arguments: Mapping[str, Any]) -> No
 
 def _require_served(model: nn.Module, adapter: type[TimmViT], name: str) -> None:
     """Raises ConfigError for other models, and for subclasses and stems whose tokens the adapter would not know."""
-    if type(model) is not adapter.model or type(model.patch_embed) is not PatchEmbed:
+    if type(model) is not adapter.model or type(model.patch_embed) not in (PatchEmbed, HybridEmbed):
         found = f"{type(model).__name__} with {type(getattr(model, 'patch_embed', None)).__name__}"
         raise ConfigError(
             f"encoder.name={name!r} is a {found}; only a plain VisionTransformer, Eva or Beit is served; {_nearest(name)}"
         )
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        raise ConfigError(
+            f"encoder.name={name!r} has BatchNorms in its stem, which see one micro-batch of one process: the run would depend"
+            " on how many there are; take a hybrid without, such as vit_base_r50_s16_224 or vit_small_r26_s32_224"
+        )
+
+
+def _replace_stem(model: nn.Module, stem: str, *, name: str, image_size: Grid, channels: int) -> None:
+    assert stem == "t2t", stem
+    replaced = type(model.patch_embed).__name__
+    side = tuple(model.patch_embed.feat_ratio(as_scalar=False))
+    tokens = TokensToToken(image_size, channels=channels, dim=model.embed_dim)
+    if replaced != "PatchEmbed" or side != tokens.patch_size:
+        raise ConfigError(
+            f"encoder.stem=t2t makes a token of 16x16 pixels, and {name} one of {side[0]}x{side[1]} by its {replaced}; take a"
+            " plain ViT with encoder.patch_size=16, or leave encoder.stem out"
+        )
+    model.patch_embed = tokens
 
 
 def _nearest(name: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -104,7 +104,9 @@ class TimmViT(nn.Module):
         self.pos_resample = pos_resample
         self.prefix: int = model.num_prefix_tokens
         self.pos_prefix: int = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-        self.patch: Grid = tuple(model.patch_embed.patch_size)
+        self.dim: int = model.embed_dim
+        self.overlaps = type(model.patch_embed) is not PatchEmbed  # a token has seen pixels of others
+        self.patch: Grid = tuple(model.patch_embed.feat_ratio(as_scalar=False))
         self.grid: Grid = tuple(model.patch_embed.grid_size)
 
     @property
