@@ -129,6 +129,18 @@ def test_losses_and_gradients_equal_dinov2(method: str, tolerance: float):
         close(rows.grad, OUTPUTS[f"{method}.grad_{name}"])
 
 
+def test_the_loss_of_all_patches_equals_dinov2():
+    """Its other layout: patches in their places, of which the masked count; and images without one, that count nothing."""
+    student, masks = doubled("s_patch_full").requires_grad_(), INPUTS["masks"]
+    known, places = torch.eye(16).double(), masks.flatten().nonzero()[:, 0]
+    weights = (1 / masks.sum(dim=1).double())[places // masks.shape[1]]
+    rows = student.flatten(0, 1)[places], doubled("t_patch_full").flatten(0, 1)[places]
+    loss = row_cross_entropy(*rows, weights, known, known, torch.zeros(16).double(), **TEMPERATURES) / len(masks)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), OUTPUTS["patch_full.loss"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(student.grad, OUTPUTS["patch_full.grad"], rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("case", ["koleo0", "koleo1"])
 def test_koleo_equals_dinov2(case: str):
     rows = doubled(case).requires_grad_()

@@ -1,5 +1,7 @@
 """iBOT against the official implementation, DINOv2's centres, and the masks of both; and what they refuse."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from official_crops import SPEC, START, Golden, close, of_logits, official_task, ours, temperature, views_of
@@ -8,6 +10,7 @@ from torch import Tensor
 from vitssl import dist
 from vitssl.draws import uniform
 from vitssl.errors import ConfigError
+from vitssl.interop.official import import_official
 from vitssl.models.encoder import EncoderSpec
 from vitssl.objectives import create
 from vitssl.views import purpose
@@ -90,6 +93,17 @@ def test_a_whole_pass_and_every_gradient():
     for name, expected in GOLDEN.under("model_grad/").items():
         close(own.pop(ours(name, "ibot")), expected)
     assert not own
+
+
+def test_masked_tokens_with_registers_and_layerscale_are_dinov2s(tmp_path: Path):
+    """As its importer makes the encoder, which keeps the class token and its position as one float32 number."""
+    weights = {name.removeprefix("vit."): value for name, value in DINOV2.weights.items() if name.startswith("vit.")}
+    torch.save(weights, tmp_path / "dinov2.pth")
+    encoder = import_official(tmp_path / "dinov2.pth", heads=DINOV2.config["model"]["heads"]).encoder.double().eval()
+    mask_token = DINOV2.weights["vit.mask_token"][0].double()
+    tokens = encoder(DINOV2.given("img"), mask=DINOV2.inputs["vit_mask"], mask_token=mask_token)
+    for which, found in (("cls", tokens.cls), ("reg", tokens.prefix[:, 1:]), ("patch", tokens.patches)):
+        close(found, DINOV2.outputs[f"vit_masked.x_norm_{which}{'tokens' if which != 'cls' else 'token'}"], 1e-6)
 
 
 def centres_of(dino: list[Tensor], ibot: list[Tensor]) -> list[list[Tensor]]:
