@@ -75,7 +75,7 @@ def test_a_whole_pass_and_every_gradient():
     objective = task.objectives["ibot"]
     mask = MASKS.flatten(0, 1)
     places = mask.flatten().nonzero()[:, 0]
-    objective.masks = lambda draw, device: (mask, places)
+    objective._masks = lambda draw, device: (mask, places)
     views = views_of(GOLDEN, GOLDEN.inputs["global_crops"], GOLDEN.inputs["local_crops"])
     embedded, targets = objective.embed(task._nets, views, None), objective.targets(task._nets, views, None)
     prototypes, teacher = objective.head.last_layer(), objective.teacher_head.average.last_layer()
@@ -187,20 +187,19 @@ def test_blocks_of_one_patch_are_dinov2_s_smallest():
     assert masks_of({}, 3, grid=(2, 2)).shape == (2, 3, 4)
 
 
-def test_a_batch_without_a_masked_patch_has_a_loss():
-    for centring in ("mean", "sinkhorn"):
-        settings = {"masks": {"probability": 0.0}, "centring": centring}
-        settings |= {"centred_on": "masked"} if centring == "mean" else {}
-        task = official_task(GOLDEN, "ibot", settings)
-        objective = task.objectives["ibot"]
-        views = views_of(GOLDEN, GOLDEN.inputs["global_crops"], GOLDEN.inputs["local_crops"])
-        draw = lambda name, num, host=False: torch.full((4, num), 0.5).double()  # noqa: E731
-        loss, metrics = objective(task._nets, views, START, draw)
-        loss.backward()
-        objective.after_step(START, 0.9)
-        assert float(metrics["patch"]) == 0 and torch.isfinite(loss)
-        assert objective.mask_token.grad is not None and not objective.mask_token.grad.any()
-        assert all(torch.isfinite(value).all() for value in task.state_dict().values())
+@pytest.mark.parametrize("centred", [{"centring": "mean", "centred_on": "masked"}, {"centring": "sinkhorn"}])
+def test_a_batch_without_a_masked_patch_has_a_loss(centred: dict):
+    task, made = official_task(GOLDEN, "ibot", centred | {"masks": {"probability": 0.0}}), []
+    objective = task.objectives["ibot"]
+    masks, objective.masks = objective.masks, lambda *given: made.append(given) or masks(*given)
+    views = views_of(GOLDEN, GOLDEN.inputs["global_crops"], GOLDEN.inputs["local_crops"])
+    loss, metrics = objective(task._nets, views, START, lambda name, num, host=False: torch.full((4, num), 0.5).double())
+    loss.backward()
+    objective.after_step(START, 0.9)
+    assert float(metrics["patch"]) == 0 and torch.isfinite(loss)
+    assert objective.mask_token.grad is not None and not objective.mask_token.grad.any()
+    assert all(torch.isfinite(value).all() for value in task.state_dict().values())
+    assert len(made) == 1, "masks are made once for student and teacher"
 
 
 def test_a_head_of_its_own_serves_the_patches():

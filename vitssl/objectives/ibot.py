@@ -4,6 +4,8 @@ DINOv2 (Oquab et al. 2024) is this file under other settings: Sinkhorn's centrin
 surprising decision: a crop whose mask is empty counts in the mean of the patches' loss, so with half of them it is halved.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -75,6 +77,7 @@ class IBOT(DINO):
         self._refuse_unused("centred_on", unless=config.centring == "mean", why="centring=sinkhorn keeps no mean")
         if config.masks.shape == "random" and config.masks.min_area is not None:
             raise ConfigError("objectives.ibot.masks.min_area is of blocks, and masks.shape=random; leave it out")
+        self._drawn: tuple[Callable[[], Draw | None], tuple[Tensor, Tensor]] | None = None
         self.mask_token = nn.Parameter(torch.zeros(1, spec.dim))  # 2-D as in the official codes, where it is weight-decayed
         self.patch_head = None if config.patch_head is None else config.patch_head.build(spec.dim)
         self.teacher_patch_head = None if self.patch_head is None else Twin(self.patch_head)
@@ -83,7 +86,7 @@ class IBOT(DINO):
     def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """As DINO's, and ``patches`` [M, E]: rows of the masked patches of all large crops."""
         images = joined(views, LARGE)
-        mask, masked = self.masks(draw, images.device)
+        mask, masked = self._masks(draw, images.device)
         tokens = nets.student(images, mask=mask, mask_token=self.mask_token[0])
         rows = (self.patch_head or self.head)(tokens.patches.flatten(0, 1)[masked])
         return self._embedded(tokens.cls, nets, views) | {"patches": rows}
@@ -94,7 +97,7 @@ class IBOT(DINO):
         With a centre of all patches also ``seen`` [2B, E]: each crop's mean row.
         """
         images = joined(views, LARGE)
-        mask, masked = self.masks(draw, images.device)
+        mask, masked = self._masks(draw, images.device)
         tokens, head = nets.teacher(images), self.teacher_patch_head or self.teacher_head
         found = {"teacher": by_sample(self.teacher_head(tokens.cls), 2)}
         if self.patch_centre is not None and self.config.centred_on != "masked":
@@ -119,6 +122,12 @@ class IBOT(DINO):
         patches = patches / (len(LARGE) * len(embeddings["crops"]))
         loss = loss + self.config.patch_weight * patches
         return loss, metrics | {"loss": loss.detach(), "class": metrics["loss"], "patch": patches.detach()}
+
+    def _masks(self, draw: Draw, device: torch.device) -> tuple[Tensor, Tensor]:
+        """:meth:`masks`, once for a draw: student and teacher ask for the same, one after the other."""
+        if self._drawn is None or self._drawn[0]() is not draw:
+            self._drawn = weakref.ref(draw), self.masks(draw, device)
+        return self._drawn[1]
 
     def masks(self, draw: Draw, device: torch.device) -> tuple[Tensor, Tensor]:
         """(mask [2B, N] bool, places [M] int64 of what it masks among 2B x N), in the order of :func:`joined`.
