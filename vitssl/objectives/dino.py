@@ -133,11 +133,8 @@ class DINO(Objective):
     def param_rules(self) -> list[Rule]:
         if not self.config.freeze_last_layer.value:
             return []
-        last = r"(?:patch_)?head\.last_layer\..*"
-        waiting = decay_rules(last, prefix="last_layer.", waits=self.config.freeze_last_layer)
-        return decay_rules(rf"(?!{last}).*") + [
-            rule for rule in waiting if not rule.vectors
-        ]  # both of its tensors are matrices
+        last = r"(?:patch_)?head\.last_layer\..*"  # both of its tensors are matrices
+        return [*decay_rules(rf"(?!{last}).*"), Rule("last_layer", last, waits=self.config.freeze_last_layer)]
 
     def _warmth(self, temperature: TemperatureConfig, clock: Clock) -> float:
         """The teacher's temperature; in evaluation its peak, so that losses on the same images can be compared."""
