@@ -22,7 +22,8 @@ def tokens_of(encoder: Encoder) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def keep(module: Encoder, given: tuple, tokens: Tokens) -> None:
-        found.extend(each for each in (tokens.prefix, tokens.patches) if each.requires_grad)
+        for given_out in (tokens, *tokens.blocks):  # before the norm or after it
+            found.extend(each for each in (given_out.prefix, given_out.patches) if each.requires_grad)
 
     hook = encoder.register_forward_hook(keep)
     try:
