@@ -4,6 +4,7 @@
 """
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -172,6 +173,7 @@ def _opened(data: Sequence[str]) -> list[tuple[str, Any]]:
         return next((form.several for form in (TAR, PARQUET) if is_shard(parted(path)[1], form)), number)
 
     found = []
+    data = [each for path in data for each in ([path] if os.path.exists(path) else sorted(glob.glob(path)) or [path])]
     data = [path for path in data if not lies_beside(path)] or data  # what a shell makes of shards/*
     for what, group in groupby(enumerate(data), key=kind):
         paths = [path for _, path in group]

@@ -130,7 +130,8 @@ def describe(model: type[Section], prefix: str = "") -> list[tuple[str, str, str
     for name, field in model.model_fields.items():
         inner = _section_of(field.annotation)
         if inner is not None and get_origin(field.annotation) is not list:
-            rows += describe(inner, f"{prefix}{name}.")
+            several = "NAME." if get_origin(field.annotation) is dict else ""
+            rows += describe(inner, f"{prefix}{name}.{several}")
             continue
         default = "required" if field.is_required() else field.get_default(call_default_factory=True)
         default = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -115,6 +115,8 @@ def test_files_and_folders(tuned, tmp_path: Path, picture: Callable, capsys: pyt
     assert main([str(tuned.folder / "export/best"), *map(str, files[:3]), "--jsonl", f"{tmp_path}/some.jsonl"]) == 0
     assert main([str(tuned.folder), str(tmp_path / "photos"), "--jsonl", f"{tmp_path}/all.jsonl", "--batch-size", "4"]) == 0
     some, every = rows(tmp_path / "some.jsonl"), rows(tmp_path / "all.jsonl")
+    assert main([str(tuned.folder), f"{tmp_path}/photos/?.jpg", "--jsonl", f"{tmp_path}/few.jsonl"]) == 0  # quoted in a shell
+    assert [row["image"] for row in rows(tmp_path / "few.jsonl")] == [str(file) for file in files[:10]]
     assert len(every) == 25 and [row["image"] for row in some] == [str(file) for file in files[:3]]
     assert "25 images, the first 20" in capsys.readouterr().out
     files[1].write_bytes(b"no picture")
