@@ -14,7 +14,7 @@ from finetune.encoders import origin_of
 from finetune.labels import balance, choose_labelled
 from finetune.seeds import run_seeds
 from finetune.several import SeveralEvaluation
-from finetune.teacher import note_teacher, open_teacher, refuse_other_teacher, tell_teacher
+from finetune.teacher import open_teacher, tell_teacher
 from finetune.watch import Evaluation, onnx_command, tested_size
 from vitssl import dist
 from vitssl.command import Command
@@ -32,6 +32,7 @@ from vitssl.train.export import encoder_like, fill_encoder, newest_export, read_
 from vitssl.train.folder import begun_with, run_folder
 from vitssl.train.planning import batch_split, outline
 from vitssl.train.session import begin_session, show_plan
+from vitssl.train.taught import note_teacher, refuse_other_teacher
 from vitssl.views import View
 
 
@@ -78,7 +79,7 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
     tested_size(config.test.image_size, spec)  # a size that cannot be is refused before anything is written
     if teacher is not None:
         tell_teacher(config, teacher, spec, report)
-        refuse_other_teacher(run_folder(config), config, teacher)
+        refuse_other_teacher(run_folder(config), "teacher", config.teacher.name, teacher)
     images = open_test(config, source, report.say)
     session = begin_session(config, build, open_data, report, fill=fill)
     if session is None:
@@ -88,7 +89,7 @@ def run_once(config: FinetuneConfig, command: Command, *, last: bool = True) -> 
             report.say(f"onnx=true writes it at the end of a run; now run:  {onnx_command(run_folder(config))}")
         return True
     if teacher is not None and session.engine.main:
-        note_teacher(session.folder, config, teacher)
+        note_teacher(session.folder, config.teacher.name, teacher)
     tell_missing_classes(source, classes, report)
     test = (SeveralEvaluation if config.labels == "several" else Evaluation)(session, images, classes=classes)
     view = View(size=spec.image_size, scale=config.augment.scale, flip=config.augment.flip)

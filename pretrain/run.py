@@ -7,6 +7,7 @@ from pretrain.config import PretrainConfig
 from pretrain.health import Health, Rollback
 from pretrain.probing import nearest
 from pretrain.start import Start
+from pretrain.teacher import Taught
 from pretrain.watch import Watched, watch
 from vitssl import dist, objectives
 from vitssl.command import Command
@@ -31,12 +32,17 @@ def run(config: PretrainConfig, command: Command) -> int:
     """The program after its command line. Returns the exit code."""
     report = Report(None if command.flags else run_folder(config), active=dist.rank() == 0)
 
+    taught = Taught.open(config)
+
     def build() -> Mixture:
-        return build_task(config)
+        return build_task(config, taught)
 
     start = None if "--bench" in command.flags else Start.open(config)
     if start is not None:  # what cannot be is refused before anything is written, also by --plan
         start.require_fit(outline(build).encoder, config.encoder)
+    if taught is not None and not command.flags:
+        taught.tell(outline(build).encoder.spec, report)
+        taught.refuse_another(run_folder(config))
     said: list[str] = []
     watched: list[Watched] = []
 
@@ -60,6 +66,8 @@ def run(config: PretrainConfig, command: Command) -> int:
         show_plan(config, build, open_data, report)
     else:
         while session := begin_session(config, build, open_data, report, fill=fill):
+            if taught is not None and session.engine.main:
+                taught.note(session.folder)
             for line in said:
                 report.say(line, style="yellow" if line.startswith("warning") else None)
             try:
@@ -90,12 +98,14 @@ def train(session: Session, watched: list[Watched], command: Command) -> None:
         finish(session)
 
 
-def build_task(config: PretrainConfig) -> Mixture:
-    """Encoder and objectives, freshly initialised."""
+def build_task(config: PretrainConfig, taught: Taught | None = None) -> Mixture:
+    """Encoder and objectives, freshly initialised; a teacher that the config names is loaded where it is not given."""
+    taught = taught or Taught.open(config)
+    teacher = None if taught is None else taught.teacher
     check_channels(config.encoder.channels, arrays=config.data.arrays)
     encoder = Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"}))
     encoder.spec.refuse_pooling(config.pooling)
-    parts = {name: objectives.create(name, settings, encoder.spec) for name, settings in config.objectives.items()}
+    parts = {name: objectives.create(name, own, encoder.spec, teacher=teacher) for name, own in config.objectives.items()}
     statistics = {"mean": config.data.mean, "std": config.data.std}
     optim = config.optim
     rates = {"layer_decay": optim.layer_decay or 1.0, "patch_lr": optim.patch_lr, "decay": optim.decay}

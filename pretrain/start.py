@@ -38,13 +38,18 @@ class Start:
         name, begun = config.init.weights, checkpoint.found(run_folder(config) / "checkpoints")
         if name is None or begun or config.init.resume is not None:
             return None
+        return cls.named("init.weights", name)
+
+    @classmethod
+    def named(cls, key: str, name: str) -> "Start":
+        """The encoder that a ``key`` of the config names. Raises CheckpointError and ConfigError, in one line."""
         if is_foreign(name):
-            found = named_weights("init.weights", name)
+            found = named_weights(key, name)
             return cls(name, found.encoder, found.section, found.facts, dict(found.coverage).get("beside it", 0))
         try:
             encoder, facts = load_encoder(Path(name))
         except UserError as error:
-            raise type(error)(f"init.weights={name}: {error}") from error
+            raise type(error)(f"{key}={name}: {error}") from error
         return cls(name, encoder, build(EncoderConfig, facts["encoder"], where=name), facts, 0)
 
     def require_fit(self, encoder: Encoder, config: EncoderConfig) -> None:

@@ -60,8 +60,9 @@ def test_a_pretraining_preset_can_be_built(path: Path):
     config = load(PretrainConfig, path)
     encoder = outline(lambda: Encoder.create(config.encoder.name, **config.encoder.model_dump(exclude={"name"})))
     assert config.objectives
+    teacher = SimpleNamespace(channels=3, num_classes=1000, network=SimpleNamespace(spec=encoder.spec))
     for name, settings in config.objectives.items():
-        assert outline(lambda: objectives.create(name, settings, encoder.spec)).views()  # noqa: B023
+        assert outline(lambda: objectives.create(name, settings, encoder.spec, teacher=teacher)).views()  # noqa: B023
 
 
 IMAGENET = 1_281_167

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitssl import dist
 from vitssl.models.encoder import Encoder
+from vitssl.models.teacher import Teacher
 from vitssl.models.twin import Twin
 from vitssl.objectives import create
 from vitssl.objectives.mixture import Mixture
@@ -46,6 +47,11 @@ CASES = {
     "mae in blocks, a part painted": Case({"mae": {"block": 2, "decode": 0.25} | PAINTER}),
     "can": Case({"can": PAINTER | {"out": 8}}),
     "can without noise, with BatchNorm": Case({"can": PAINTER | {"denoising": 0, "norm": True, "decode": 0.5}}),
+    "distill": Case({"distill": {"teacher": {"name": "tokens"}}}),
+    "distill smaller patches by smooth L1": Case(
+        {"distill": {"teacher": {"name": "larger"}, "target": "patches", "loss": "smooth_l1"}}
+    ),
+    "distill labels": Case({"distill": {"teacher": {"name": "labels"}, "target": "labels", "pooling": "mean"}}),
     "simclr": Case({"simclr": PAIR_HEADS}),
     "simmim": Case({"simmim": {"mask_unit": 8}}),
     "simmim without norm": Case(
@@ -79,6 +85,21 @@ class Wide(Mixture):
             yield name, objective, {role: images.to(kind) for role, images in views.items()}
 
 
+def teacher_of(settings: dict[str, Any]) -> Teacher | None:
+    """A small teacher by the name that settings give it: other images, patches, widths and statistics than the student's."""
+    name = settings.get("teacher", {}).get("name")
+    if name is None:
+        return None
+    known = {"mean": (0.4,) * 3, "std": (0.3,) * 3}
+    if name == "labels":
+        cnn = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+        return Teacher(cnn, **known, size=(16, 16), num_classes=5)
+    size, patch = {"tokens": (16, 4), "larger": (24, 4)}[name]
+    shape = {"embed_dim": 12, "depth": 1, "num_heads": 2}
+    encoder = Encoder.create("vit_tiny_patch16_224", image_size=size, patch_size=patch, arguments=shape)
+    return Teacher(encoder, **known, size=(size, size))
+
+
 def build(case: str, *, dtype: torch.dtype = torch.float64) -> Wide:
     """The task of a case, the same at every call. Teachers stand a little beside their students."""
     torch.manual_seed(0)
@@ -86,7 +107,7 @@ def build(case: str, *, dtype: torch.dtype = torch.float64) -> Wide:
     arguments = {"embed_dim": 16, "depth": 2, "num_heads": 2}
     settings = {"image_size": 16, "patch_size": 4, "arguments": arguments} | chosen.encoder
     encoder = Encoder.create("vit_tiny_patch16_224", **settings)
-    parts = {name: create(name, own, encoder.spec) for name, own in chosen.objectives.items()}
+    parts = {name: create(name, own, encoder.spec, teacher=teacher_of(own)) for name, own in chosen.objectives.items()}
     task = Wide(encoder, parts, mean=(0.5,) * 3, std=(0.25,) * 3).to(dtype)
     for part in task.modules():
         if isinstance(part, Twin):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from contract import teacher_of
 from torch import nn
 
 from vitssl.data.augment import Normalize
@@ -179,10 +180,13 @@ def test_what_cannot_run_is_refused(make, message: str):
 def test_the_table_holds_objectives_with_working_defaults(name: str):
     kind = find(name)
     assert issubclass(kind, Objective)
-    assert kind.Config().weight.peak == 1.0
+    settings = {"teacher": {"name": "tokens"}} if kind.taught else {}
+    assert kind.Config(**settings).weight.peak == 1.0
     assert TABLE[name].startswith("vitssl.objectives.")
+    teacher = teacher_of(settings)
     with torch.device("meta"):
-        objective = create(name, {}, Encoder.create("vit_small_patch16_224", image_size=224).spec)
+        spec = Encoder.create("vit_small_patch16_224", image_size=224).spec
+        objective = create(name, settings, spec, teacher=teacher)
     assert all(isinstance(view, View) for view in objective.views().values())
 
 

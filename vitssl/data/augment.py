@@ -64,9 +64,13 @@ class Normalize(nn.Module):
         """float [B, C, H, W] in [0, 1] -> the same tensor, normalised."""
         return images.sub_(self.mean).div_(self.std)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """[..., C, H, W] normalised -> as before, in units of [0, 1]."""
+        return images * self.std + self.mean
+
     def restore(self, images: Tensor) -> Tensor:
         """[..., C, H, W] normalised, or predicted, -> pixels in [0, 1], cut there."""
-        return (images.float() * self.std + self.mean).clamp(0, 1)
+        return self.pixels(images.float()).clamp(0, 1)
 
 
 def rand_augment(config: str, *, mean: Sequence[float], size: int = 224) -> "RandAugment":

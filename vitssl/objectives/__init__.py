@@ -9,6 +9,7 @@ from vitssl.errors import ConfigError
 
 if TYPE_CHECKING:
     from vitssl.models.encoder import EncoderSpec
+    from vitssl.models.teacher import Teacher
     from vitssl.objectives.base import Objective
 
 TABLE = {
@@ -17,6 +18,7 @@ TABLE = {
     "can": "vitssl.objectives.can:CAN",
     "data2vec": "vitssl.objectives.data2vec:Data2Vec",
     "dino": "vitssl.objectives.dino:DINO",
+    "distill": "vitssl.objectives.distill:Distill",
     "ibot": "vitssl.objectives.ibot:IBOT",
     "ijepa": "vitssl.objectives.ijepa:IJEPA",
     "lejepa": "vitssl.objectives.lejepa:LeJEPA",
@@ -56,9 +58,9 @@ def configure(name: str, settings: Mapping[str, Any]) -> Any:
         raise ConfigError(f"objectives.{name}.{error}") from None
 
 
-def create(name: str, settings: Mapping[str, Any], spec: "EncoderSpec") -> "Objective":
-    """A new objective of the run over an encoder with ``spec``. Raises ConfigError."""
+def create(name: str, settings: Mapping[str, Any], spec: "EncoderSpec", *, teacher: "Teacher | None" = None) -> "Objective":
+    """A new objective of the run over an encoder with ``spec``; ``teacher``: for one that is taught. Raises ConfigError."""
     kind, config = find(name), configure(name, settings)
     if kind.hides:
         spec.refuse_masks(f"objectives.{name}")
-    return kind(config, spec)
+    return kind(config, spec, teacher) if kind.taught else kind(config, spec)

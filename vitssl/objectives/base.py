@@ -72,6 +72,7 @@ class Objective(nn.Module):
 
     ``momentum``: of the average of the encoder that the run then keeps as a teacher, along the run; None: it needs none.
     ``hides``: it hides patches from the encoder, which must then not have seen them in their neighbours.
+    ``taught``: a frozen ``Teacher`` that its config names is its third argument.
     ``couples_samples``: the loss compares samples with each other, so all that are to meet in it must be there at once.
     """
 
@@ -81,6 +82,7 @@ class Objective(nn.Module):
         weight: Annotated[WeightConfig, BeforeValidator(_peak)] = WeightConfig()
 
     momentum: ClassVar[Schedule | None] = None
+    taught: ClassVar[bool] = False
     judges_teacher: ClassVar[bool] = False  # whether its paper probes and publishes the teacher
     hides: ClassVar[bool] = False
     couples_samples: bool = False
@@ -133,6 +135,10 @@ class Objective(nn.Module):
         for part in self.modules():
             if isinstance(part, Twin):
                 part.update(momentum)
+
+    def companions(self) -> list[nn.Module]:
+        """Networks that it uses and neither trains nor saves (see ``Task.companions``)."""
+        return []
 
     def stacks(self) -> list[Stack]:
         """The transformer stacks one sample passes through; by default the encoder, with all tokens."""

@@ -4,16 +4,15 @@ Surprising: the teacher is no part of the task's state. It is never trained, so 
 goes on loads it again from where its config says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from vitssl.losses.classes import distillation
 from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead, DistilledHead
-from vitssl.models.teacher import Teacher
+from vitssl.models.teacher import Aside, Teacher
 from vitssl.objectives.classify import Classify
 
 
@@ -38,22 +37,16 @@ class Distilled(Classify):
         **settings: Any,
     ) -> None:
         super().__init__(encoder, head, mean=mean, std=std, **settings)
-        self._teacher = (teacher,)  # a tuple hides it from torch, which would train, count and save it
+        self._teacher = Aside(teacher)
         self.kind, self.temperature, self.alpha = kind, temperature, alpha
 
     def companions(self) -> list[nn.Module]:
-        return list(self._teacher)
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Distilled":
-        """Where the task goes, its teacher goes."""
-        self._teacher[0]._apply(fn)
-        return super()._apply(fn, recurse)
+        return [self._teacher.network]
 
     def _learn(self, images: Tensor, targets: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = self.encoder(images)
         on_labels, on_teacher = self.head.both(tokens) if isinstance(self.head, DistilledHead) else [self.head(tokens)] * 2
-        with torch.no_grad():
-            answers = self._teacher[0](images * self.normalize.std + self.normalize.mean)
+        answers = self._teacher(self.normalize.pixels(images))
         base, metrics = self._on_labels(on_labels, targets, labels)
         own = distillation(on_teacher, answers, kind=self.kind, temperature=self.temperature)
         agreed = (on_teacher.detach().argmax(dim=-1) == answers.argmax(dim=-1)).to(base.dtype).mean()

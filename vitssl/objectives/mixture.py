@@ -175,6 +175,9 @@ class Mixture(Task):
     def stacks(self) -> list[Stack]:
         return [stack for objective in self.objectives.values() for stack in objective.stacks()]
 
+    def companions(self) -> list[nn.Module]:
+        return [network for objective in self.objectives.values() for network in objective.companions()]
+
     @staticmethod
     def draw(objective: str, batch: Batch, clock: Clock) -> Draw:
         """The random numbers of an objective for this batch: a function of seed, ``<objective>.<name>`` and global position."""

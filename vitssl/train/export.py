@@ -139,6 +139,12 @@ def last_part(path: Path) -> tuple[Path, str]:
     return path, "encoder"
 
 
+def exported_classifier(name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """(state, facts) of the classifier of ours that ``name`` is the path of, else None. Raises CheckpointError."""
+    where = last_part(Path(name))
+    return read_export(*where) if Path(name).exists() and where[1] == "classifier" else None
+
+
 def newest_export(runs: Path) -> Path:
     """The export folder under ``runs`` whose encoder was written last. Raises CheckpointError where there is none."""
     found = sorted(runs.glob("*/export/encoder.safetensors"), key=lambda path: path.stat().st_mtime)
