@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from vitssl.command import Command, help_text, parse
 from vitssl.config import Count, Every, Section, Time, load
@@ -84,13 +84,17 @@ class TeacherConfig(Section):
         return None if self.momentum is None else Schedule(self.momentum, final=self.final, shape=self.shape)
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # what YAML makes of the word
+
+
 class HealthConfig(Section):
     """Whether features collapse or training becomes unstable, on a few training images under random crops."""
 
     every: Every = Field(Duration(2, "%"), description="between two measurements")
     images: Count = Field(64, description="measured")
     views: int = Field(4, ge=2, description="random crops of each, for LiDAR")
-    on_alarm: Literal["off", "warn", "stop", "rollback"] = Field(
+    on_alarm: Annotated[Literal["off", "warn", "stop", "rollback"], BeforeValidator(_off)] = Field(
         "warn", description="off: nothing is measured; rollback: to the newest checkpoint before the signs, with later images"
     )
 

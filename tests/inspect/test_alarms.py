@@ -41,6 +41,12 @@ def test_health_is_silent() -> None:
     assert alarm([WELL, *3 * [{key: WELL[key] for key in ("loss", "std", "rankme", "weights")}]]) is None
 
 
+def test_a_network_that_begins_with_one_direction_is_no_collapse() -> None:
+    begun = WELL | {"std": 1e-4, "rankme": 1.0}
+    assert alarm([begun, begun, begun, begun | {"rankme": 1.2}]) is None
+    assert alarm([begun, WELL, begun, begun])[0] == "collapse"
+
+
 def test_a_negative_loss_may_fall() -> None:
     assert alarm([ALONE | {"loss": -1.0}, *3 * [ALONE | {"loss": -1.9}]]) is None
     assert alarm([ALONE | {"loss": -1.0}, *3 * [ALONE | {"loss": -0.4}]])[0] == "divergence"

@@ -13,8 +13,8 @@ LASTING = 2  # rows that a sign must stand in
 ONE = 1.5  # prototypes: fewer, and all images are one
 FEW_USED = 0.05  # of the prototypes that were used at the beginning
 EVEN = 0.995  # of the entropy of even targets: above it targets say nothing
-FLAT = 0.15  # of what the spread of features was at the beginning
-FEW = 0.3  # of what RankMe was at the beginning
+FLAT = 0.15  # of the widest that the spread of features was
+FEW = 0.3  # of the most that RankMe was
 HIGH = 1.5  # times the first loss
 GROWN = 4.0  # times the first norm of the weights
 FAR = 1e-7  # relative distance of a teacher's weights that is none
@@ -79,12 +79,12 @@ def _even_targets(rows: Sequence[Row]) -> str | None:
 
 
 def _collapsed(rows: Sequence[Row]) -> str | None:
-    first = rows[0]
-    flat = _lasting(rows, lambda row: row["std"] < FLAT * first["std"])
-    few = _lasting(rows, lambda row: row["rankme"] < max(1.5, FEW * first["rankme"]))
+    most = {key: max(row[key] for row in rows) for key in ("std", "rankme")}  # a LayerScale of 1e-5 begins near none
+    flat = _lasting(rows, lambda row: row["std"] < FLAT * most["std"])
+    few = _lasting(rows, lambda row: row["rankme"] < FEW * most["rankme"])
     if not (flat or few):
         return None
-    seen = f"spread {rows[-1]['std']:.3f} (first {first['std']:.3f}), RankMe {rows[-1]['rankme']:.1f} ({first['rankme']:.1f})"
+    seen = f"spread {rows[-1]['std']:.3f} (was {most['std']:.3f}), RankMe {rows[-1]['rankme']:.1f} ({most['rankme']:.1f})"
     return f"features have collapsed, {seen}: the learning rate is too high, or nothing in the loss keeps images apart"
 
 

@@ -3,8 +3,6 @@
 The surprising decision of the official code: the average's projector normalises by its own batch, so it stays in training mode.
 """
 
-from typing import Literal
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -14,49 +12,32 @@ from vitssl.losses.contrast import info_nce
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
 from vitssl.models.twin import Twin
-from vitssl.objectives.base import Nets, Objective
-from vitssl.objectives.pairs import PairConfig
+from vitssl.objectives.pairs import PairObjective
 from vitssl.schedule import Clock, Schedule
 from vitssl.sections import Positive
-from vitssl.task import Draw, Embeddings
-from vitssl.views import View
+from vitssl.task import Embeddings
 
 
-class MoCoV3(Objective):
+class MoCoV3(PairObjective):
     """InfoNCE in both directions, summed, each times twice the temperature."""
 
-    class Config(Objective.Config):
+    class Config(PairObjective.Config):
         temperature: Positive = Field(0.2, description="of the logits (ViT; 1.0 for ResNets)")
         hidden: Count = Field(4096, description="width of the hidden layers of projector and predictor")
         out: Count = Field(256, description="width of queries and keys")
-        pooling: Literal["mean", "class"] = Field("class", description="of the tokens, before the projector")
-        pair: PairConfig = PairConfig()
 
     momentum = Schedule(0.99, final=1.0)
-    couples_samples = True
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        spec.refuse_pooling(config.pooling)
         self.projector = mlp([spec.dim, config.hidden, config.hidden, config.out], last="norm")
         self.predictor = mlp([config.out, config.hidden, config.out], last="norm")
         self.keys = Twin(self.projector, trains=True)
 
-    def views(self) -> dict[str, View]:
-        return self.config.pair.views(self.spec.image_size)
-
-    def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
-        """Pooled tokens [B, D] of each view."""
-        return {name: nets.student(images).pool(self.config.pooling) for name, images in views.items()}
-
-    def targets(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
-        """The teacher's pooled tokens [B, D] of each view."""
-        return {f"{name}_key": nets.teacher(images).pool(self.config.pooling) for name, images in views.items()}
-
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         queries = {name: self.predictor(self.projector(embeddings[name])) for name in ("first", "second")}
         with torch.no_grad():
-            keys = {name: self.all_rows(self.keys(targets[f"{name}_key"])) for name in ("first", "second")}
+            keys = {name: self.all_rows(self.keys(targets[f"{name}_target"])) for name in ("first", "second")}
         own, options = self.own_rows(queries["first"]), {"temperature": self.config.temperature}
         loss = info_nce(queries["first"], keys["second"], own, **options)
         loss = loss + info_nce(queries["second"], keys["first"], own, **options)

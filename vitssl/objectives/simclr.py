@@ -9,12 +9,10 @@ from vitssl.config import Count
 from vitssl.losses.contrast import nt_xent
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
-from vitssl.objectives.base import Nets, Objective
-from vitssl.objectives.pairs import CropConfig, PairConfig
+from vitssl.objectives.pairs import CropConfig, PairConfig, PairObjective
 from vitssl.schedule import Clock
 from vitssl.sections import PhotometricConfig, Positive
-from vitssl.task import Draw, Embeddings
-from vitssl.views import View
+from vitssl.task import Embeddings
 
 STRONG = CropConfig(
     photometric=PhotometricConfig(jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5)
@@ -22,10 +20,10 @@ STRONG = CropConfig(
 """Both views', Chen et al. 2020, appendix A."""
 
 
-class SimCLR(Objective):
+class SimCLR(PairObjective):
     """NT-Xent between the projections of two views; negatives are all other views of the whole batch."""
 
-    class Config(Objective.Config):
+    class Config(PairObjective.Config):
         temperature: Positive = Field(0.1, description="of the logits (table 5 and appendix B.7)")
         hidden: Count = Field(2048, description="width of the projector's hidden layers")
         out: Count = Field(128, description="width of the projection")
@@ -33,19 +31,9 @@ class SimCLR(Objective):
         pooling: Literal["mean", "class"] = Field("mean", description="of the tokens, before the projector")
         pair: PairConfig = PairConfig(first=STRONG, second=STRONG)
 
-    couples_samples = True
-
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        spec.refuse_pooling(config.pooling)
         self.projector = mlp([spec.dim, *[config.hidden] * (config.layers - 1), config.out], last="norm")
-
-    def views(self) -> dict[str, View]:
-        return self.config.pair.views(self.spec.image_size)
-
-    def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
-        """Pooled tokens [B, D] of each view."""
-        return {name: nets.student(images).pool(self.config.pooling) for name, images in views.items()}
 
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = (self.projector(embeddings[name]) for name in ("first", "second"))

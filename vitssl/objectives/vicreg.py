@@ -3,8 +3,6 @@
 The surprising decision of the official code: the variances of the two views are averaged, their covariances are summed.
 """
 
-from typing import Literal
-
 from pydantic import Field
 from torch import Tensor
 
@@ -13,39 +11,25 @@ from vitssl.losses.agreement import squared_distance
 from vitssl.losses.statistics import covariance_penalty, variance_hinge
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
-from vitssl.objectives.base import Nets, Objective
-from vitssl.objectives.pairs import PairConfig
+from vitssl.objectives.pairs import PairObjective
 from vitssl.schedule import Clock
 from vitssl.sections import Strength
-from vitssl.task import Draw, Embeddings
-from vitssl.views import View
+from vitssl.task import Embeddings
 
 
-class VICReg(Objective):
+class VICReg(PairObjective):
     """Invariance from row to row, variance and covariance over the rows of the whole batch."""
 
-    class Config(Objective.Config):
+    class Config(PairObjective.Config):
         invariance: Strength = Field(25.0, description="weight of the squared distance of the two views")
         variance: Strength = Field(25.0, description="weight of how far deviations are below 1")
         covariance: Strength = Field(1.0, description="weight of the squared covariances")
         hidden: Count = Field(8192, description="width of the expander's two hidden layers")
         out: Count = Field(8192, description="width of the embeddings")
-        pooling: Literal["mean", "class"] = Field("class", description="of the tokens, before the expander")
-        pair: PairConfig = PairConfig()
-
-    couples_samples = True
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        spec.refuse_pooling(config.pooling)
         self.expander = mlp([spec.dim, config.hidden, config.hidden, config.out], bias=False)
-
-    def views(self) -> dict[str, View]:
-        return self.config.pair.views(self.spec.image_size)
-
-    def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
-        """Pooled tokens [B, D] of each view."""
-        return {name: nets.student(images).pool(self.config.pooling) for name, images in views.items()}
 
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         views = [self.expander(embeddings[name]) for name in ("first", "second")]
