@@ -90,6 +90,7 @@ def test_the_plan_says_what_is_read_twice() -> None:
         "workers": 7,
         "parameters": {},
         "memory": {},
+        "waits": {},
     }
     values |= {"lr_rule": "", "engine": "ddp", "precision": "fp32", "device": "cpu"}
     told = dict(Plan(**values | {"readers": 7}).lines())["data"]

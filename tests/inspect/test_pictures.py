@@ -63,7 +63,7 @@ def predict_exactly(task: Mixture, images: Tensor, norm_pix: bool) -> Callable:
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     pixels = patchify((images.float() / 255 - mean) / std, (4, 4))
     target = normalize_patches(pixels)[0] if norm_pix else pixels
-    return lambda tokens, keep: target
+    return lambda tokens, keep, places: target
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -88,7 +88,7 @@ def test_colours_are_honest(norm_pix: bool, monkeypatch: pytest.MonkeyPatch):
 def test_a_wrong_prediction_shows_only_where_patches_were_removed(monkeypatch: pytest.MonkeyPatch):
     task = mixture(norm_pix=False).eval()
     images = torch.full((2, 3, 16, 16), 30, dtype=torch.uint8)
-    monkeypatch.setattr(task.objectives["mae"].decoder, "forward", lambda tokens, keep: torch.zeros(2, 16, 48))
+    monkeypatch.setattr(task.objectives["mae"].decoder, "forward", lambda tokens, keep, places: torch.zeros(2, 16, 48))
     batch = Batch({next(iter(task.views)): images}, torch.arange(2))
     _, masked, prediction, pasted = task.pictures(batch, Clock(step=0, total=1, samples=0, seed=0)).unbind(dim=1)
     mean = torch.tensor(MEAN)[:, None, None].expand_as(prediction)

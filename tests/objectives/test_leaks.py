@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import CASES, CLOCK, batch
+from contract import CASES, CLOCK, batch, teacher_of
 
 from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
@@ -38,7 +38,7 @@ def test_masks_are_refused_and_nothing_else(case: str, stem: str) -> None:
             create(hiding[0], chosen[hiding[0]], encoder.spec)
         assert "\n" not in str(caught.value)
         return
-    parts = {name: create(name, own, encoder.spec) for name, own in chosen.items()}
+    parts = {name: create(name, own, encoder.spec, teacher=teacher_of(own)) for name, own in chosen.items()}
     task = Mixture(encoder, parts, mean=(0.5,) * 3, std=(0.25,) * 3).train()
     loss, _ = task(batch(task, num=4), CLOCK)
     loss.backward()

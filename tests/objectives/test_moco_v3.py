@@ -78,7 +78,7 @@ def compared(task: Mixture, rows: slice = slice(None)) -> Tensor:
 def test_features_projections_queries_keys_and_loss():
     task, seen = official_task(), {name: [] for name in ("feat", "proj", "q", "k")}
     objective = task.objectives["moco_v3"]
-    task.encoder.register_forward_hook(lambda _, given, tokens: seen["feat"].append(tokens.cls))
+    task.encoder.register_forward_hook(lambda _, given, tokens: seen["feat"].extend(tokens.cls.chunk(2)))
     parts = {"proj": objective.projector, "q": objective.predictor, "k": objective.keys}
     for name, part in parts.items():
         part.register_forward_hook(lambda _, given, out, name=name: seen[name].append(out))

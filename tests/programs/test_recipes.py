@@ -130,7 +130,7 @@ REFUSED = {
     "no such share": ("labelled=101%", "labelled='101%': is no number of images; write 1000, or a share of each class as 1%"),
     "no such count": ("labelled=0", "labelled=0: is no number of images"),
     "a truth": ("labelled=true", "labelled=True: is no number of images"),
-    "no such optimiser": ("optim.name=lion", "optim.name='lion': input should be 'adamw' or 'sgd'"),
+    "no such optimiser": ("optim.name=lion", "optim.name='lion': input should be 'adamw', 'sgd' or 'lars'"),
     "a momentum of one": ("optim.momentum=1.0", "optim.momentum=1.0: input should be less than 1"),
     "more blocks than there are": ("mode=partial blocks=99", "blocks: is 99, and mode=partial trains the last blocks of"),
     "a size that patches do not divide": ("test.image_size=18", "test.image_size 18x18 is not divisible by patches of 4x4"),
