@@ -92,7 +92,7 @@ class HealthConfig(Section):
     """Whether features collapse or training becomes unstable, on a few training images under random crops."""
 
     every: Every = Field(Duration(200, "steps"), description="between two measurements; an alarm needs two that look ill")
-    images: Count = Field(64, description="measured")
+    images: int = Field(64, ge=2, description="measured")
     views: int = Field(2, ge=2, description="random crops of each, for LiDAR")
     on_alarm: Annotated[Literal["off", "warn", "stop", "rollback"], BeforeValidator(_off)] = Field(
         "warn", description="off: nothing is measured; rollback: to the newest checkpoint before the signs, with later images"

@@ -1,7 +1,9 @@
 """Health: numbers of a few fixed training images that show a collapse before a loss does, and what is done about it."""
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,8 +43,7 @@ class Health:
             channels=encoder.spec.channels,
             limit=config.health.images,
         )
-        self.path = session.folder / FILE
-        self.rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.rows: list[dict[str, float]] = dist.gather_lists([_read(session.folder / FILE)])[0]  # the first process's
         self.told: set[str] = set()
         self.ended: str | None = None  # the alarm that stopped the run
         if session.start == 0:
@@ -75,7 +76,7 @@ class Health:
         """To the newest checkpoint before the signs began, if there is one and this does not happen too often."""
         session = self.session
         well = self.rows[-3]["step"]
-        kept = [each for each in checkpoint.steps(session.folder / "checkpoints") if each <= well]
+        kept = dist.gather_lists([[each for each in checkpoint.steps(session.folder / "checkpoints") if each <= well]])[0]
         if not kept or len(session.rollbacks) >= ROLLBACKS:
             why = "no checkpoint is as old as that" if not kept else f"the run was set back {ROLLBACKS} times before"
             session.report.say(f"it stops here: {why}")
@@ -128,3 +129,9 @@ class Health:
         """After a run that an alarm ended. Raises TrainingError."""
         if self.ended:
             raise TrainingError(f"stopped at step {reached:,}, saved: {self.ended}. health.on_alarm=warn goes on all the same")
+
+
+def _read(path: Path) -> list[dict[str, float]]:
+    """The rows of an earlier start; a number that was none is written as null."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{name: math.nan if value is None else value for name, value in json.loads(line).items()} for line in lines]

@@ -69,11 +69,6 @@ def all_rows(rows: Tensor) -> Tensor:
     return _AllRows.apply(rows) if _started() and world() > 1 else rows
 
 
-def own_rows(num: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """[num] int64: where the ``num`` rows of this process stand in what :func:`all_rows` makes of them."""
-    return torch.arange(num, device=device) * world() + rank() if _started() else torch.arange(num, device=device)
-
-
 def gather_rows(rows: Tensor) -> Tensor:
     """[B_p, ...] of every process, of different lengths if need be -> [sum B_p, ...] in the order of the processes."""
     if not _started() or world() == 1:

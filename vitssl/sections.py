@@ -33,13 +33,20 @@ def _folder_name(value: Any) -> str:
     return name
 
 
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
-    if not (value[0] <= value[1] and value[1] > 0):
-        raise ValueError("is no range of areas; write the smaller first, as [0.2, 1.0]")
+def ascending(value: tuple[float, float]) -> tuple[float, float]:
+    """A range as it is. Raises ValueError, for whoever validates it, where the larger number comes first."""
+    if value[0] > value[1]:
+        raise ValueError("is no range; write the smaller first, as [0.2, 1.0]")
     return value
 
 
-Area = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
+def _not_empty(value: tuple[float, float]) -> tuple[float, float]:
+    if value[1] == 0:
+        raise ValueError("leaves nothing of the image; write areas as [0.2, 1.0]")
+    return value
+
+
+Area = Annotated[tuple[Fraction, Fraction], AfterValidator(ascending), AfterValidator(_not_empty)]
 """Of a random crop, as a fraction of the image: from, to."""
 
 

@@ -50,3 +50,7 @@ def test_a_network_that_begins_with_one_direction_is_no_collapse() -> None:
 def test_a_negative_loss_may_fall() -> None:
     assert alarm([ALONE | {"loss": -1.0}, *3 * [ALONE | {"loss": -1.9}]]) is None
     assert alarm([ALONE | {"loss": -1.0}, *3 * [ALONE | {"loss": -0.4}]])[0] == "divergence"
+
+
+def test_numbers_that_are_none_raise_no_alarm() -> None:
+    assert alarm([WELL, *3 * [WELL | {"std": float("nan"), "rankme": float("nan")}]]) is None

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vitssl.models.encoder import Encoder
+
 
 class Golden:
     """A folder of tests/golden: ``config`` and ``tables`` as plain values, tensors by name."""
@@ -23,6 +25,15 @@ class Golden:
     def below(self, prefix: str) -> dict[str, Tensor]:
         """Outputs whose names begin so, by the rest of their names."""
         return {name.removeprefix(prefix): value for name, value in self.outputs.items() if name.startswith(prefix)}
+
+
+def beit(config: dict[str, Any], *, bias: bool) -> Encoder:
+    """The tiny BEiT that SimMIM's and data2vec's codes were run with, at fresh weights; ``bias``: positions of each block."""
+    arguments = {"embed_dim": config["dim"], "depth": config["depth"], "num_heads": config["heads"]}
+    arguments |= {"mlp_ratio": config["mlp_ratio"], "init_values": config["init_values"]}
+    arguments |= {"use_rel_pos_bias": bias, "use_shared_rel_pos_bias": config["shared_rpb"]}
+    sizes = {"image_size": config["img"], "patch_size": config["patch"]}
+    return Encoder.create("beit_base_patch16_224", **sizes, class_token=None, registers=None, arguments=arguments)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from official_numbers import Golden, close
+from official_numbers import Golden, beit, close
 from torch import Tensor
 
 from vitssl.errors import ConfigError
@@ -26,17 +26,7 @@ HEAD = {"mask_token": "student.mask_token", "predict.weight": "student.lm_head.w
 
 def official() -> tuple[Mixture, Data2Vec]:
     """The tiny official model with its weights, in float64."""
-    arguments = {"embed_dim": CONFIG["dim"], "depth": CONFIG["depth"], "num_heads": CONFIG["heads"]}
-    arguments |= {"mlp_ratio": CONFIG["mlp_ratio"], "init_values": CONFIG["init_values"]}
-    arguments |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": CONFIG["shared_rpb"]}
-    encoder = Encoder.create(
-        "beit_base_patch16_224",
-        image_size=CONFIG["img"],
-        patch_size=CONFIG["patch"],
-        class_token=None,
-        registers=None,
-        arguments=arguments,
-    )
+    encoder = beit(CONFIG, bias=False)
     assert CONFIG["target_layers"] == [1, 2] and CONFIG["layer_results"] == "end"
     settings = {"blocks": 2, "norm_average": False, "beta": CONFIG["l1_beta"], "mask_ratio": 0.5, "min_block": 1}
     objective = create("data2vec", settings, encoder.spec)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from official_numbers import Golden, close
+from official_numbers import Golden, beit, close
 
 from vitssl.errors import ConfigError
 from vitssl.losses.pixels import patchify, unpatchify
@@ -21,17 +21,7 @@ EPS = 3e-5  # 1e-5 for each of three channels; left out by us, since parts of a 
 
 def official(dtype: torch.dtype) -> tuple[Encoder, SimMIM]:
     """The tiny official model with its weights."""
-    arguments = {"embed_dim": CONFIG["dim"], "depth": CONFIG["depth"], "num_heads": CONFIG["heads"]}
-    arguments |= {"mlp_ratio": CONFIG["mlp_ratio"], "init_values": CONFIG["init_values"]}
-    arguments |= {"use_rel_pos_bias": CONFIG["rpb"], "use_shared_rel_pos_bias": CONFIG["shared_rpb"]}
-    encoder = Encoder.create(
-        "beit_base_patch16_224",
-        image_size=CONFIG["img"],
-        patch_size=CONFIG["patch"],
-        class_token=None,
-        registers=None,
-        arguments=arguments,
-    )
+    encoder = beit(CONFIG, bias=CONFIG["rpb"])
     objective = create("simmim", {"mask_unit": CONFIG["mask_patch"], "mask_ratio": CONFIG["ratio"]}, encoder.spec)
     own = parameters(encoder, objective)
     for name, value in OFFICIAL.weights.items():

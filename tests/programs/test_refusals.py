@@ -50,7 +50,7 @@ SETTINGS = {
     "no run to resume": (["init.resume=/nowhere"], ["init.resume=/nowhere: there is no checkpoint in /nowhere/checkpoints"]),
     "areas upside down": (
         ["objectives.mae.view.scale=[0.9,0.1]"],
-        ["objectives.mae.view.scale=[0.9, 0.1]: is no range of areas; write the smaller first"],
+        ["objectives.mae.view.scale=[0.9, 0.1]: is no range; write the smaller first"],
     ),
     "no class token to pool": (["encoder.class_token=false", "pooling=class"], ["pooling=class needs a class token"]),
     "an argument that timm does not know": (["encoder.arguments.norm_layer=foo"], ["timm cannot build it", "'foo'"]),
@@ -161,7 +161,7 @@ FINETUNE = {
     "class token that is not pooled": (["head.pooling=token"], ["head.pooling='token'", "'mean' or 'class'"]),
     "statistics of another number of channels": (["data.mean=[0.5]"], ["data.mean has 1 and data.std 3 values"]),
     "odd mixup": (["augment.mixup=0.8", "micro_batch=1"], ["in pairs, and micro_batch=1; make it even"]),
-    "areas upside down": (["augment.scale=[0.9,0.1]"], ["augment.scale=[0.9, 0.1]: is no range of areas; write the smaller"]),
+    "areas upside down": (["augment.scale=[0.9,0.1]"], ["augment.scale=[0.9, 0.1]: is no range; write the smaller"]),
     "no official file": (["encoder=/nowhere.pth"], ["encoder=/nowhere.pth: /nowhere.pth does not exist"]),
     "size that patches do not divide": (["image_size=18"], ["18x18 is not divisible by patches of 4x4"]),
     "unknown augmentation": (["augment.rand_augment=rnd-m9"], ["augment.rand_augment", "rnd-m9"]),

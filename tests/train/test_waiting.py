@@ -11,10 +11,8 @@ from vitssl.errors import ConfigError
 from vitssl.schedule import Duration
 from vitssl.sections import OptimConfig, ProgramConfig
 from vitssl.task import Rule, Task, decay_rules
-from vitssl.train.checkpoint import Saved
 from vitssl.train.optim import MOMENTS, build_optimizer, group_parameters
 from vitssl.train.planning import make_plan
-from vitssl.train.state import waited
 from vitssl.train.waiting import Waiting
 
 STEPS = 3
@@ -121,14 +119,3 @@ def test_one_that_would_never_train_is_refused(small_mae: Callable) -> None:
     task.objectives["mae"].param_rules = lambda: [Rule("all", ".*", waits=Duration(4, "ep"))]
     with pytest.raises(ConfigError, match=r"the wait of mae.all=4ep: that would wait for 40 steps and the run has 40, so"):
         make_plan(CONFIG, task, IMAGES)
-
-
-def test_checkpoints_of_the_first_format_know_the_encoder_alone() -> None:
-    """They had one entry, before rules could wait."""
-    old, new = ({"steps": 6, "updates": 2}, {"dino.last_layer": {"steps": 6, "updates": 2}})
-    none = {"steps": 0, "updates": 0}
-    for waiting, rule, found in [
-        (old, "encoder.decay", old), (old, "dino.last_layer", none), (new, "dino.last_layer", old), (new, "encoder.decay", none)
-    ]:  # fmt: skip
-        assert waited(Saved(step=8, state={}, moments={}, facts={"waiting": waiting}), rule) == found
-    assert waited(Saved(step=8, state={}, moments={}, facts={}), "encoder.decay") == none

@@ -48,6 +48,14 @@ class EncoderSpec:
                 " field leaks what is masked; take plain patches, or objectives that do not mask"
             )
 
+    def refuse_drops(self, what: str) -> None:
+        """Raise ConfigError, beginning with ``what``, for an encoder whose patches cannot be left out."""
+        if not self.drops:
+            raise ConfigError(
+                f"{what} leaves patches out, and a Beit's relative positions are laid out for all of them; take a"
+                " VisionTransformer or Eva as encoder.name"
+            )
+
     def refuse_pooling(self, pooling: Pooling) -> None:
         """Raise ConfigError for the class token of an encoder that has none."""
         if pooling == "class" and not self.class_token:

@@ -17,12 +17,12 @@ def mlp(
     *,
     norm: bool = True,
     bias: bool | None = None,
-    last: Literal["plain", "norm", "affine"] = "plain",
+    last: Literal["plain", "norm"] = "plain",
     activation: Callable[[], nn.Module] = RELU,
 ) -> nn.Sequential:
     """Linear layers of ``widths`` (input first), each but the last followed by BatchNorm over all processes and ``activation``.
 
-    ``last``: what follows the last layer: nothing (it then has a bias), BatchNorm without affine weights (MoCo v3), or with.
+    ``last``: what follows the last layer: nothing (it then has a bias), or BatchNorm without affine weights (MoCo v3).
     ``bias`` of the layers before a norm; None: where there is no norm. Modules are numbered as in the official codes of MoCo
     v3, so those weights load.
     """
@@ -32,7 +32,7 @@ def mlp(
         normed = norm if not final else last != "plain"
         layers.append(nn.Linear(into, out, bias=(not normed) if bias is None else bias))
         if normed:
-            layers.append(BatchNorm(out, affine=not final or last == "affine"))
+            layers.append(BatchNorm(out, affine=not final))
         if not final:
             layers.append(activation())
     return nn.Sequential(*layers)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from vitssl import dist
+from vitssl.errors import ConfigError
 
 
 class BatchNorm(nn.BatchNorm1d):
     """[B_p, D] -> [B_p, D], as ``nn.BatchNorm1d`` of the joined batch; state and arguments are torch's own.
 
     Statistics are taken in fp32 at least. In evaluation the running ones serve, and no process waits for another. Raises
-    ValueError where fewer than two rows meet in training.
+    ConfigError where fewer than two rows meet in training.
     """
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ class BatchNorm(nn.BatchNorm1d):
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         count = len(rows) * dist.world()
         if count < 2:
-            raise ValueError("BatchNorm needs at least two rows in training; take a larger batch_size")
+            raise ConfigError("batch_size: one row alone has no statistics, and BatchNorm needs two; take a larger batch")
         mean = dist.total(wide.sum(dim=0)) / count
         centred = wide - mean
         variance = dist.total(centred.square().sum(dim=0)) / count

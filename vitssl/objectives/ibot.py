@@ -23,21 +23,15 @@ from vitssl.objectives.base import Nets
 from vitssl.objectives.crops import LARGE, MultiCropConfig, by_sample, joined
 from vitssl.objectives.dino import DINO, HeadConfig, TemperatureConfig
 from vitssl.schedule import Clock
-from vitssl.sections import Area, Fraction
+from vitssl.sections import Area, Fraction, ascending
 from vitssl.task import Draw, Embeddings
-
-
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("is no range; write the smaller first, as [0.1, 0.5]")
-    return value
 
 
 class MaskConfig(Section):
     """Which patches of a large crop the student does not see; the defaults are those of iBOT's and DINOv2's official codes."""
 
     probability: Fraction = Field(0.5, description="that a crop is masked at all")
-    ratio: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = Field(
+    ratio: Annotated[tuple[Fraction, Fraction], AfterValidator(ascending)] = Field(
         (0.1, 0.5), description="of its patches, uniform between the two"
     )
     shape: Literal["blocks", "random"] = Field("blocks", description="rectangles as in BEiT, or single patches")

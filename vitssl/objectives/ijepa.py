@@ -27,17 +27,11 @@ from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.single import SingleConfig
 from vitssl.plan import Stack
 from vitssl.schedule import Clock, Schedule
-from vitssl.sections import Area, Fraction, Positive
+from vitssl.sections import Area, Fraction, Positive, ascending
 from vitssl.task import Draw
 from vitssl.views import View, purpose
 
 _SIZES, _OTHERS = purpose("ijepa.sizes"), purpose("ijepa.others")
-
-
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("is no range; write the smaller first, as [0.75, 1.5]")
-    return value
 
 
 class PredictorConfig(Section):
@@ -60,7 +54,7 @@ class IJEPA(Objective):
     class Config(Objective.Config):
         targets: Count = Field(4, description="target blocks of an image")
         target_scale: Area = Field((0.15, 0.2), description="area of a target block, as a fraction of the patches")
-        aspect: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = Field(
+        aspect: Annotated[tuple[Positive, Positive], AfterValidator(ascending)] = Field(
             (0.75, 1.5), description="height over width of a target block"
         )
         context_scale: Area = Field((0.85, 1.0), description="area of the context block before targets are cut out")
@@ -75,11 +69,7 @@ class IJEPA(Objective):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        if not spec.drops:
-            raise ConfigError(
-                "objectives.ijepa shows its student a part of the patches, and a Beit's relative positions are laid out for"
-                " all of them; take a VisionTransformer or Eva as encoder.name"
-            )
+        spec.refuse_drops("objectives.ijepa")
         if min(spec.grid) < 2 or config.min_keep >= spec.num_patches:
             raise ConfigError(
                 f"objectives.ijepa.min_keep={config.min_keep} of {spec.grid[0]}x{spec.grid[1]} patches: there must be more, and"

@@ -3,7 +3,7 @@
 The surprising decision: the encoder never sees a mask token, only the kept quarter of the patches, in the order of their noise.
 """
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,11 +16,12 @@ from vitssl.masks.random import in_blocks, random_keep
 from vitssl.models.encoder import EncoderSpec, Tokens
 from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective
+from vitssl.objectives.single import SingleConfig
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
-from vitssl.sections import Area, Fraction, PhotometricConfig, Share
+from vitssl.sections import Share
 from vitssl.task import Draw, Embeddings
-from vitssl.views import Photometric, View
+from vitssl.views import View
 
 
 class DecoderConfig(Section):
@@ -32,13 +33,8 @@ class DecoderConfig(Section):
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs over the width")
 
 
-class ViewConfig(Section):
-    """A random resized crop at the encoder's image size; the defaults are those of He et al. 2022, appendix A.1."""
-
-    scale: Area = Field((0.2, 1.0), description="area of the crop, as a fraction of the image")
-    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="of the resize")
-    photometric: PhotometricConfig = PhotometricConfig()
+CROP = SingleConfig(scale=(0.2, 1.0))
+"""He et al. 2022, appendix A.1."""
 
 
 class Reconstruction(NamedTuple):
@@ -63,7 +59,7 @@ class MAE(Objective):
         decode: Share = Field(1.0, description="fraction of the removed patches that are painted, drawn anew (CrossMAE: 0.25)")
         norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and deviation")
         decoder: DecoderConfig = DecoderConfig()
-        view: ViewConfig = ViewConfig()
+        view: SingleConfig = CROP
 
     name: ClassVar[str] = "mae"
 
@@ -71,11 +67,7 @@ class MAE(Objective):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        if not spec.drops:
-            raise ConfigError(
-                f"objectives.{self.name} leaves patches out, and a Beit's relative positions are laid out for all of them; take"
-                " a VisionTransformer or Eva as encoder.name"
-            )
+        spec.refuse_drops(f"objectives.{self.name}")
         block = config.block
         if spec.grid[0] % block or spec.grid[1] % block:
             raise ConfigError(
@@ -94,8 +86,7 @@ class MAE(Objective):
         self.decoder = Decoder(spec, **config.decoder.model_dump(), out=out)
 
     def views(self) -> dict[str, View]:
-        values = self.config.view.model_dump()
-        return {"image": View(size=self.spec.image_size, **values | {"photometric": Photometric(**values["photometric"])})}
+        return self.config.view.views(self.spec.image_size)
 
     def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """``error`` [B]: of each image of views["image"] [B, C, H, W]."""

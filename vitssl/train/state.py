@@ -80,11 +80,8 @@ def load_optimizer(engine: Engine, saved: Saved, *, where: Path) -> None:
 
 
 def waited(saved: Saved, rule: str) -> dict[str, int]:
-    """{"steps": that a rule was to wait, "updates": it has had since}; checkpoints once knew the encoder alone."""
-    known = saved.facts.get("waiting", {})
-    if "steps" in known:
-        return known if rule.startswith("encoder.") else {"steps": 0, "updates": 0}
-    return known.get(rule, {"steps": 0, "updates": 0})
+    """{"steps": that a rule was to wait, "updates": it has had since}."""
+    return saved.facts.get("waiting", {}).get(rule, {"steps": 0, "updates": 0})
 
 
 def create_optimizer(engine: Engine, *, updates: int = 0, waits: Mapping[str, int] | None = None) -> None:
