@@ -90,7 +90,7 @@ def learn(method: str, seed: int, data: str, minutes: float, core: int) -> dict:
             f"test.path={data}/test-{{000000..000001}}.tar",
         ]
         settings += ["test.split=null", "test.every=100%"]
-        while not Path(f"runs/learn_{YARDSTICK}_{seed}/export").exists():
+        if not Path(f"runs/learn_{YARDSTICK}_{seed}/export").exists():
             raise SystemExit(f"{arch} is not there: run {YARDSTICK} first")
     else:
         program = ["pretrain", str(SMALL / f"{method}.yaml")]

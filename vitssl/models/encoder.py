@@ -6,7 +6,7 @@ The mask token belongs to the objective, so the encoder's state is a plain timm 
 Legend of shapes: B images, C channels, N patches, K kept patches, R prefix tokens (class, then registers), D width.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from vitssl.errors import ConfigError
 from vitssl.models.adapters.build import build
 from vitssl.models.adapters.timm_vit import TimmViT, compile_in_place, drop_evenly
 from vitssl.models.init import init_as_mae, init_as_moco_v3
-from vitssl.models.positions import FIRST, Grid, ResampleRule, sincos_2d
+from vitssl.models.positions import FIRST, Grid, ResampleRule, check_size, sincos_2d
 from vitssl.models.state import require_fit
 from vitssl.models.stems import TokensToToken
 
@@ -99,7 +99,8 @@ TokensOrTensor = TypeVar("TokensOrTensor", Tokens, Tensor)
 class Encoder(nn.Module):
     """A ViT behind an adapter. Its parameters are called ``vit.<name in timm>``; :meth:`state` gives the plain names.
 
-    ``checkpointing`` is a switch: blocks then keep only their inputs and are computed again in the backward pass.
+    ``checkpointing`` is a switch: blocks then keep only their inputs and are computed again in the backward pass. ``packing``
+    is one: whether images of several sizes share a pass where they can (:meth:`together`).
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Encoder(nn.Module):
         self.arguments = arguments
         self.positions = positions
         self.checkpointing = False
+        self.packing = True
 
     @classmethod
     def create(
@@ -183,23 +185,26 @@ class Encoder(nn.Module):
         positions are added. ``last_blocks``: how many block outputs to return as well. Any image size that the patches
         divide is served, by resampled positions. Raises ValueError for a mixture of the two doors, ConfigError for a size.
         """
-        if keep is not None or mask is not None:
-            self.spec.refuse_masks("what is asked")
-        if keep is not None and mask is not None:
-            raise ValueError("keep drops patches and mask replaces them: give one of the two")
-        if (mask is None) != (mask_token is None):
-            raise ValueError("mask and mask_token belong together: give both or neither")
         if not 0 <= last_blocks <= self.spec.depth:
             raise ValueError(f"last_blocks={last_blocks}, but the encoder has {self.spec.depth} blocks")
-        size = check_size(tuple(images.shape[-2:]), self.spec.patch, "an image's size")
-        num_patches = size[0] * size[1]
-        if keep is not None and (keep.ndim != 2 or len(keep) != len(images)):
-            raise ValueError(f"keep must be [{len(images)}, K], not {list(keep.shape)}")
-        if mask is not None and tuple(mask.shape) != (len(images), num_patches):
-            raise ValueError(f"mask must be [{len(images)}, {num_patches}], not {list(mask.shape)}")
         doors = {"keep": keep, "mask": mask, "mask_token": mask_token}
+        self._check_doors(images, **doors)
         x, blocks = self.vit(images, **doors, last_blocks=last_blocks, checkpointing=self.checkpointing)
         return replace(self._split(x), blocks=[self._split(block) for block in blocks])
+
+    def together(
+        self, batches: Sequence[Tensor], *, mask: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> list[Tokens]:
+        """Tokens of each of ``batches``, images of several sizes; ``mask`` is of the first. The numbers are those of a pass for
+        each; where the blocks are timm's plain ones and :attr:`packing` says so, they share one (:mod:`adapters.packing`)."""
+        (first, *others), doors = batches, {"mask": mask, "mask_token": mask_token}
+        if not (others and self.packing and self.vit.packs):
+            return [self(first, **doors), *map(self, others)]
+        self._check_doors(first, **doors)
+        for images in others:
+            self._check_doors(images)
+        found, _ = self.vit(first, **doors, others=others, checkpointing=self.checkpointing)
+        return [self._split(x) for x in found]
 
     def attention(self, images: Tensor, blocks: Collection[int]) -> list[Tensor]:
         """[B, heads, T, T] each, over prefix and patch tokens: what the blocks of these numbers (from 0) attend to."""
@@ -260,6 +265,21 @@ class Encoder(nn.Module):
         require_fit(state, self.state(), model=self.architecture, advice=advice)
         self.vit.load_state_dict(state, strict=True)
 
+    def _check_doors(
+        self, images: Tensor, *, keep: Tensor | None = None, mask: Tensor | None = None, mask_token: Tensor | None = None
+    ) -> None:
+        if keep is not None or mask is not None:
+            self.spec.refuse_masks("what is asked")
+        if keep is not None and mask is not None:
+            raise ValueError("keep drops patches and mask replaces them: give one of the two")
+        if (mask is None) != (mask_token is None):
+            raise ValueError("mask and mask_token belong together: give both or neither")
+        size = check_size(tuple(images.shape[-2:]), self.spec.patch, "an image's size")
+        if keep is not None and (keep.ndim != 2 or len(keep) != len(images)):
+            raise ValueError(f"keep must be [{len(images)}, K], not {list(keep.shape)}")
+        if mask is not None and tuple(mask.shape) != (len(images), size[0] * size[1]):
+            raise ValueError(f"mask must be [{len(images)}, {size[0] * size[1]}], not {list(mask.shape)}")
+
     def _split(self, x: Tensor) -> Tokens:
         return Tokens(x[:, : self.spec.prefix], x[:, self.spec.prefix :], class_token=self.spec.class_token)
 
@@ -272,16 +292,6 @@ class Encoder(nn.Module):
             self.vit.pos_embed.zero_()
             self.vit.pos_embed[0, self.vit.pos_prefix :].copy_(self.table(self.spec.grid))
         self.vit.pos_embed.requires_grad_(False)
-
-
-def check_size(size: Grid, patch: Grid, what: str) -> Grid:
-    """The grid of patches of a size in pixels. Raises ConfigError where there is none."""
-    if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
-        fits = [max(1, round(pixels / side)) * side for pixels, side in zip(size, patch)]
-        raise ConfigError(
-            f"{what} {size[0]}x{size[1]} is not divisible by patches of {patch[0]}x{patch[1]}; nearest: {fits[0]}x{fits[1]}"
-        )
-    return size[0] // patch[0], size[1] // patch[1]
 
 
 def _pair(size: int | Grid) -> Grid:

@@ -18,6 +18,16 @@ FIRST: dict[str, Literal["column", "row"]] = {"sincos": "column", "sincos_moco_v
 """Kinds of fixed positions -> the coordinate in the first half of their channels."""
 
 
+def check_size(size: Grid, patch: Grid, what: str) -> Grid:
+    """The grid of patches of a size in pixels. Raises ConfigError where there is none."""
+    if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
+        fits = [max(1, round(pixels / side)) * side for pixels, side in zip(size, patch)]
+        raise ConfigError(
+            f"{what} {size[0]}x{size[1]} is not divisible by patches of {patch[0]}x{patch[1]}; nearest: {fits[0]}x{fits[1]}"
+        )
+    return size[0] // patch[0], size[1] // patch[1]
+
+
 def sincos_2d(dim: int, grid: Grid, *, first: Literal["column", "row"] = "column") -> Tensor:
     """[gh * gw, dim] float64: sines and cosines of each patch's column and row, wavelengths 2 pi to 10000 * 2 pi.
 

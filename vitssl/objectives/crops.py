@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from vitssl.config import Section
-from vitssl.models.encoder import EncoderSpec, check_size
+from vitssl.models.encoder import EncoderSpec
+from vitssl.models.positions import check_size
 from vitssl.objectives.pairs import COLOURS, SECOND, CropConfig
 from vitssl.plan import Stack
 from vitssl.sections import Area, Fraction, PhotometricConfig, Size
@@ -44,6 +45,10 @@ class MultiCropConfig(Section):
         for copy, name in enumerate(self.small, start=2):
             found[name] = view(self._size, self.local_scale, self.local, copy)
         return found
+
+    def joined(self, views: Mapping[str, Tensor]) -> list[Tensor]:
+        """The crops of each size, joined: what passes through the encoder together."""
+        return [joined(views, names) for names in (LARGE, self.small) if names]
 
     @property
     def small(self) -> list[str]:

@@ -5,6 +5,7 @@ The surprising decision: nothing but a sharp and centred teacher keeps it from c
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from vitssl.config import Count, Section, Time
 from vitssl.errors import ConfigError
 from vitssl.losses.clusters import koleo, pair_cross_entropy, sinkhorn_centre
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.encoder import EncoderSpec, Tokens
 from vitssl.models.prototypes import Centre, PrototypeHead
 from vitssl.models.twin import Twin
 from vitssl.objectives.base import Nets, Objective
@@ -101,7 +102,7 @@ class DINO(Objective):
 
     def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """``crops`` [B, V, E]: rows before the prototypes, large crops first; with koleo ``tokens`` [B, 2, D]: class tokens."""
-        return self._embedded(nets.student(joined(views, LARGE)).cls, nets, views)
+        return self._embedded(nets.student.together(self.config.crops.joined(views)))
 
     def targets(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """``teacher`` [B, 2, E]: the teacher's rows of the large crops."""
@@ -140,13 +141,12 @@ class DINO(Objective):
         """The teacher's temperature; in evaluation its peak, so that losses on the same images can be compared."""
         return temperature.at(clock) if self.training else temperature.peak
 
-    def _embedded(self, large: Tensor, nets: Nets, views: dict[str, Tensor]) -> Embeddings:
-        """``large`` [2B, D]: the class tokens of the large crops."""
-        rows = [by_sample(self.head(large), 2)]
-        if small := self.config.crops.small:
-            rows.append(by_sample(self.head(nets.student(joined(views, small)).cls), len(small)))
+    def _embedded(self, tokens: Sequence[Tokens]) -> Embeddings:
+        """``tokens`` of the large crops, and of the small ones where there are any."""
+        nums = len(LARGE), self.config.crops.num_local
+        rows = [by_sample(self.head(each.cls), num) for each, num in zip(tokens, nums, strict=False)]
         found = {"crops": torch.cat(rows, dim=1)}  # [B, V, E]
-        return found | ({"tokens": by_sample(large, 2)} if self.config.koleo else {})
+        return found | ({"tokens": by_sample(tokens[0].cls, len(LARGE))} if self.config.koleo else {})
 
     def _refuse_unused(self, key: str, *, unless: bool, why: str) -> None:
         """Raise ConfigError for a key that was given and that no other setting lets matter."""

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitssl.models.encoder import Encoder, Tokens
+from vitssl.models.encoder import Encoder
 from vitssl.models.twin import Twin
 
 ATTENDED = 16  # images whose attention is computed again
@@ -21,11 +21,11 @@ def tokens_of(encoder: Encoder) -> Iterator[list[Tensor]]:
     """The tokens that an encoder hands out inside, still tied to what is made of them."""
     found: list[Tensor] = []
 
-    def keep(module: Encoder, given: tuple, tokens: Tokens) -> None:
-        for given_out in (tokens, *tokens.blocks):  # before the norm or after it
-            found.extend(each for each in (given_out.prefix, given_out.patches) if each.requires_grad)
+    def keep(module: nn.Module, given: tuple, out: tuple[Tensor | list[Tensor], list[Tensor]]) -> None:
+        tokens, blocks = out  # after the norm, of one size or of several, and before it
+        found.extend(each for each in (*([tokens] if isinstance(tokens, Tensor) else tokens), *blocks) if each.requires_grad)
 
-    hook = encoder.register_forward_hook(keep)
+    hook = encoder.vit.register_forward_hook(keep)
     try:
         yield found
     finally:

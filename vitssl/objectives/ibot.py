@@ -79,11 +79,11 @@ class IBOT(DINO):
 
     def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """As DINO's, and ``patches`` [M, E]: rows of the masked patches of all large crops."""
-        images = joined(views, LARGE)
-        mask, masked = self._masks(draw, images.device)
-        tokens = nets.student(images, mask=mask, mask_token=self.mask_token[0])
-        rows = (self.patch_head or self.head)(tokens.patches.flatten(0, 1)[masked])
-        return self._embedded(tokens.cls, nets, views) | {"patches": rows}
+        crops = self.config.crops.joined(views)
+        mask, masked = self._masks(draw, crops[0].device)
+        tokens = nets.student.together(crops, mask=mask, mask_token=self.mask_token[0])
+        rows = (self.patch_head or self.head)(tokens[0].patches.flatten(0, 1)[masked])
+        return self._embedded(tokens) | {"patches": rows}
 
     def targets(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """The teacher's rows of what :meth:`embed` has, and ``weights`` [M]: one over the masked patches of a row's crop.

@@ -17,7 +17,7 @@ from vitssl.losses.statistics import sigreg
 from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
 from vitssl.objectives.base import Nets, Objective
-from vitssl.objectives.crops import LARGE, MultiCropConfig, joined
+from vitssl.objectives.crops import LARGE, MultiCropConfig
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
 from vitssl.sections import Fraction, PhotometricConfig, Positive
@@ -58,13 +58,11 @@ class LeJEPA(Objective):
         return self._stacks
 
     def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
-        """Pooled tokens [B, D] of each view; views of one size go through the encoder together."""
-        pooled = {}
-        for names in (LARGE, self.config.crops.small):
-            if names:
-                rows = nets.student(joined(views, names)).pool(self.config.pooling)
-                pooled |= dict(zip(names, rows.chunk(len(names)), strict=True))
-        return pooled
+        """Pooled tokens [B, D] of each view."""
+        crops = self.config.crops
+        pooled = [tokens.pool(self.config.pooling) for tokens in nets.student.together(crops.joined(views))]
+        rows = [row for each, num in zip(pooled, (len(LARGE), crops.num_local), strict=False) for row in each.chunk(num)]
+        return dict(zip((*LARGE, *crops.small), rows, strict=True))
 
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         """One BatchNorm sees the rows of all views, as in MINIMAL.md; the distribution is that of each view over all rows."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitssl.errors import CheckpointError
+from vitssl.models.adapters.packing import Block, Sizes, pack, packable, unpack
 from vitssl.models.positions import Grid, ResampleRule, resample
 from vitssl.models.state import by
 
@@ -50,11 +51,12 @@ def run_blocks(
     blocks: Sequence[nn.Module],
     x: Tensor,
     *,
-    beside: Sequence[Mapping[str, Tensor]] | None = None,
+    beside: Sequence[Mapping[str, Tensor | Sizes]] | None = None,
     checkpointing: bool = False,
     last: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """x [B, T, D] -> the output of the last block, and those of the ``last`` blocks. ``beside``: what each is given besides.
+    """x [B, T, D], or packed [T, D] -> the output of the last block, and those of the ``last`` blocks. ``beside``: what each
+    is given besides.
 
     With ``checkpointing`` a block keeps only its input for the backward pass and is computed again there.
     """
@@ -105,6 +107,9 @@ class TimmViT(nn.Module):
         self.prefix: int = model.num_prefix_tokens
         self.pos_prefix: int = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
         self.dim: int = model.embed_dim
+        self.packs = all(map(packable, self.blocks))
+        for block in self.blocks if self.packs else ():
+            block.__class__ = Block  # what it holds stays as it is
         self.overlaps = type(model.patch_embed) is not PatchEmbed  # a token has seen pixels of others
         self.patch: Grid = tuple(model.patch_embed.feat_ratio(as_scalar=False))
         self.grid: Grid = tuple(model.patch_embed.grid_size)
@@ -150,20 +155,26 @@ class TimmViT(nn.Module):
         mask_token: Tensor | None = None,
         last_blocks: int = 0,
         checkpointing: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
+        others: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | list[Tensor], list[Tensor]]:
         """images [B, C, H, W] -> tokens after the final norm [B, R + (N or K), D], outputs of the last blocks before it.
 
-        Arguments as in :meth:`vitssl.models.encoder.Encoder.forward`, checked there.
+        Arguments as in :meth:`vitssl.models.encoder.Encoder.forward`, checked there. With ``others``, images of other sizes
+        that pass the blocks together with the first where :attr:`packs`: the list of all their tokens.
         """
-        grid = (images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1])
+        grid = self._grid(images)
         beside = self._beside(grid, keep)
         x = self._embed(images, grid, keep, mask, mask_token)
+        if others:
+            x, sizes = pack([x, *(self._embed(other, self._grid(other), None, None, None) for other in others)])
+            x, _ = run_blocks(self.blocks, x, beside=[{"sizes": sizes}] * len(self.blocks), checkpointing=checkpointing)
+            return unpack(self.norm(x), sizes), []
         x, outputs = run_blocks(self.blocks, x, beside=beside, checkpointing=checkpointing, last=last_blocks)
         return self.norm(x), outputs
 
     def attention(self, images: Tensor, blocks: Collection[int]) -> list[Tensor]:
         """Attention probabilities [B, heads, T, T] of the blocks of these numbers, computed again, unfused and uncompiled."""
-        grid = (images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1])
+        grid = self._grid(images)
         x, beside, found = self._embed(images, grid, None, None, None), self._beside(grid, None), []
         for number, block in enumerate(self.blocks):
             attention = block.attn
@@ -178,6 +189,9 @@ class TimmViT(nn.Module):
                 attention.fused_attn = fused
                 hook.remove()
         return found
+
+    def _grid(self, images: Tensor) -> Grid:
+        return images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
 
     def _beside(self, grid: Grid, keep: Tensor | None) -> Sequence[Mapping[str, Tensor]] | None:
         """What each block is given beside the tokens: nothing here, relative positions in other families."""

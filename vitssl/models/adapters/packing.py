@@ -1,0 +1,92 @@
+"""Sequences of several lengths in one pass: crops of 224 and of 96 pixels share every matrix product (DINOv2, section 5).
+
+Tokens of all sequences lie one after the other, [T, D]; what works on single tokens (norms, products, MLPs) never sees where
+one ends. Attention stays within a sequence: one kernel of variable lengths where torch has it (CUDA, half precision), else a
+call for each length, which gives the same numbers. Stochastic depth drops whole sequences, as it does of a batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+Sizes = tuple[tuple[int, int], ...]
+"""(number of sequences, tokens of each), in the order they lie in."""
+
+
+def pack(parts: Sequence[Tensor]) -> tuple[Tensor, Sizes]:
+    """[B, T, D] of several B and T -> ([sum of B x T, D], their sizes)."""
+    return torch.cat([part.flatten(0, 1) for part in parts]), tuple((part.shape[0], part.shape[1]) for part in parts)
+
+
+def unpack(x: Tensor, sizes: Sizes) -> list[Tensor]:
+    """The inverse of :func:`pack`."""
+    parts = x.split([num * length for num, length in sizes])
+    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def packable(block: nn.Module) -> bool:
+    """Whether this is timm's plain block, of which :class:`Block` knows what it computes."""
+    return type(block) is TimmBlock and type(block.attn) is Attention
+
+
+class Block(TimmBlock):
+    """timm's that also takes packed tokens; its parameters and their names are timm's."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, sizes: Sizes | None = None
+    ) -> Tensor:
+        """[B, T, D] as timm's; with ``sizes`` packed tokens [T, D]."""
+        if sizes is None:
+            return super().forward(x, attn_mask, is_causal)
+        x = x + _by_sequence(self.drop_path1, self.ls1(_attend(self.attn, self.norm1(x), sizes)), sizes)
+        return x + _by_sequence(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), sizes)
+
+
+def _attend(attention: Attention, x: Tensor, sizes: Sizes) -> Tensor:
+    """timm's attention within each sequence."""
+    gate = attention.gate(x).sigmoid() if attention.gate is not None else None
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).unbind(1)  # [T, heads, d]
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    fused = attention.fused_attn and not (attention.training and attention.attn_drop.p)
+    if fused and varlen_attn is not None and v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+        starts = _starts(sizes, x.device)
+        longest = max(length for _, length in sizes)
+        found = varlen_attn(q.to(v.dtype), k.to(v.dtype), v, starts, starts, longest, longest)
+    else:
+        found = torch.cat([_within(attention, *parts) for parts in zip(*(unpack(each, sizes) for each in (q, k, v)))])
+    found = attention.norm(found.flatten(1))
+    return attention.proj_drop(attention.proj(found if gate is None else found * gate))
+
+
+def _within(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, T, heads, d] -> [B x T, heads, d], fused or not as timm's would be."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    if attention.fused_attn:
+        found = F.scaled_dot_product_attention(q, k, v, dropout_p=attention.attn_drop.p if attention.training else 0.0)
+    else:
+        found = attention.attn_drop((q * attention.scale @ k.mT).softmax(dim=-1)) @ v
+    return found.transpose(1, 2).flatten(0, 1)
+
+
+def _starts(sizes: Sizes, device: torch.device) -> Tensor:
+    """[sequences + 1] int32: where each begins, and where the last ends."""
+    lengths = torch.cat([torch.full((num,), length, dtype=torch.int32, device=device) for num, length in sizes])
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _by_sequence(drop: nn.Module, x: Tensor, sizes: Sizes) -> Tensor:
+    """Stochastic depth of a batch, applied to packed tokens: a sequence stays or goes as a whole."""
+    if not drop.training or isinstance(drop, nn.Identity):
+        return x
+    kept = drop(x.new_ones(sum(num for num, _ in sizes), 1))
+    lengths = torch.cat([torch.full((num,), length, device=x.device) for num, length in sizes])
+    return x * kept.repeat_interleave(lengths, dim=0, output_size=len(x))
