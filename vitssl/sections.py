@@ -155,8 +155,8 @@ class OptimConfig(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient; null: none")
-    clip_by: Literal["global", "parameter"] = Field(
-        "global", description="norm of all gradients together, or of each parameter's alone (DINO)"
+    clip_by: Literal["global", "module", "parameter"] = Field(
+        "global", description="norm of all gradients, of the encoder's and each head's (DINOv2), or of each parameter's (DINO)"
     )
 
     @field_validator("start_lr")
@@ -182,7 +182,7 @@ class OptimConfig(Section):
     @field_validator("clip_by")
     @classmethod
     def _clips(cls, value: str, info: ValidationInfo) -> str:
-        if value == "parameter" and info.data.get("clip", 1.0) is None:
+        if value != "global" and info.data.get("clip", 1.0) is None:
             raise ValueError("says whose norm is bounded, and optim.clip gives no bound; set it, or leave this out")
         return value
 

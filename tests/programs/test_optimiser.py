@@ -22,7 +22,7 @@ STEPS = ("length=8", "optim.warmup=2", "checkpoint.every=4", "checkpoint.keep_la
 SETTINGS = {
     "clip": ("optim.clip=0.02", "optim.clip_by=parameter"),
     "wait": (),
-    "layers": ("optim.layer_decay=0.5", "optim.patch_lr=0.2", "optim.decay=all"),
+    "layers": ("optim.layer_decay=0.5", "optim.patch_lr=0.2", "optim.decay=all", "optim.clip=0.02", "optim.clip_by=module"),
     "steps": ("optim.shape=multistep", "optim.milestones=[3, 50%]", "optim.start_lr=0.002"),
     "lars": ("optim.name=lars", "optim.base_lr=5", "optim.trust=0.01"),
     "decay": ("optim.weight_decay=0.1", "optim.final_weight_decay=20.0"),

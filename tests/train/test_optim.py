@@ -16,7 +16,7 @@ from vitssl.models.heads import ClassificationHead
 from vitssl.objectives.classify import Classify
 from vitssl.sections import OptimConfig
 from vitssl.task import Rule, decay_rules
-from vitssl.train.optim import MOMENTS, build_optimizer, clip_each, covers, group_parameters, set_rates
+from vitssl.train.optim import MOMENTS, build_optimizer, clip_each, clip_modules, covers, group_parameters, set_rates
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TABLES = json.loads((GOLDEN / "mae" / "tables.json").read_text())
@@ -140,6 +140,25 @@ def test_each_gradient_is_clipped_as_dino_clips_it():
     clip_each(list(raw.values()), clip)
     for name, gradient in raw.items():
         torch.testing.assert_close(gradient, clipped[name], rtol=1e-12, atol=0)
+
+
+def test_gradients_of_the_encoder_and_of_each_head_are_clipped_apart_as_dinov2_clips_them():
+    names = {
+        "encoder": ["encoder.vit.cls_token", "encoder.vit.blocks.0.attn.qkv.weight", "objectives.ibot.mask_token"],
+        "head": ["objectives.ibot.head.mlp.0.weight", "objectives.ibot.head.last_layer.weight"],
+        "patch_head": ["objectives.ibot.patch_head.last_layer.weight"],
+        "decoder": ["objectives.mae.decoder.blocks.0.norm1.bias"],
+    }
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"encoder": 9.0, "head": 0.1, "patch_head": 4.0, "decoder": 2.0}
+    raw = {name: size * torch.randn(7, generator=generator) for part, size in sizes.items() for name in names[part]}
+    clipped = {name: gradient.clone() for name, gradient in raw.items()}
+    clip_modules(clipped, 3.0)
+    for part, own in names.items():
+        norm = torch.cat([raw[name] for name in own]).norm()
+        assert (norm > 3) == (part != "head"), part
+        for name in own:
+            torch.testing.assert_close(clipped[name], raw[name] * min(1.0, 3.0 / float(norm)), rtol=1e-5, atol=0)
 
 
 def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

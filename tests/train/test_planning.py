@@ -182,12 +182,17 @@ def test_a_batch_that_does_not_divide_is_refused(small_mae: Callable, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "optim, key", [({"clip": 1.0, "clip_by": "parameter"}, "clip_by=parameter"), ({"name": "lars"}, "name=lars")]
+    "optim, key",
+    [
+        ({"clip": 1.0, "clip_by": "parameter"}, "clip_by=parameter"),
+        ({"clip": 1.0, "clip_by": "module"}, "clip_by=module"),
+        ({"name": "lars"}, "name=lars"),
+    ],
 )
 @pytest.mark.parametrize("engine", ["zero1", "zero2"])
 def test_norms_of_one_parameter_are_not_to_be_had_of_flat_partitions(optim: dict, key: str, engine: str, small_mae: Callable):
     settings = config(optim=optim, launch={"engine": engine})
-    with pytest.raises(ConfigError, match=rf"optim.{key} with launch.engine={engine}: it goes by the norm of each parameter"):
+    with pytest.raises(ConfigError, match=rf"optim.{key} with launch.engine={engine}: it goes by norms of single parameters"):
         make_plan(settings, small_mae(), images(100))
 
 

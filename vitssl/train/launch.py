@@ -24,7 +24,7 @@ from vitssl.models.adapters.timm_vit import fuse_attention
 from vitssl.schedule import Clock
 from vitssl.sections import LaunchConfig, OptimConfig
 from vitssl.task import Batch, Task
-from vitssl.train.optim import MOMENTS, build_optimizer, clip_each
+from vitssl.train.optim import MOMENTS, build_optimizer, clip_each, clip_modules
 from vitssl.train.waiting import Waiting
 from vitssl.views import purpose
 
@@ -76,7 +76,7 @@ class Engine:
         micro_batch: int,
         accumulation: int,
         clip: float | None,
-        clip_by: Literal["global", "parameter"] = "global",
+        clip_by: Literal["global", "module", "parameter"] = "global",
         trackers: list[str],
         folder: Path,
     ) -> None:
@@ -165,12 +165,15 @@ class Engine:
         norm = None
         if self.clip is not None or want_norm:
             self.accelerator.unscale_gradients()
-            parameters = [p for p in self.named_parameters.values() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            parameters = {name: p for name, p in self.named_parameters.items() if p.grad is not None}
+            gradients = {name: p.grad for name, p in parameters.items()}
+            norm = torch.nn.utils.get_total_norm(gradients.values())
             if self.clip is not None and self.clip_by == "parameter":
-                clip_each([p.grad for p in parameters], self.clip)
+                clip_each(list(gradients.values()), self.clip)
+            elif self.clip is not None and self.clip_by == "module":
+                clip_modules(gradients, self.clip)
             elif self.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters.values(), self.clip, norm)
         self.optimizer.step()
         self.waiting.end_step(self.torch_optimizer)
         self.optimizer.zero_grad(set_to_none=True)

@@ -85,6 +85,19 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
+def clip_modules(gradients: Mapping[str, Tensor], clip: float) -> None:
+    """Shrink, in place, the gradients of the encoder, and those of each head, to a joint norm of ``clip`` where it is longer,
+    as DINOv2 does. By parameters' names in a task; what stands in for patches (mask tokens) counts as the encoder's.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        module = re.match(r"(objectives\.\w+\.)?(?!objectives)\w+(?=\.)", name)
+        parts.setdefault(module[0] if module else "encoder", []).append(gradient)
+    for own in parts.values():
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own)))
+        torch._foreach_mul_(own, (clip / (norm + 1e-6)).clamp(max=1.0))
+
+
 def clip_each(gradients: Sequence[Tensor], clip: float) -> None:
     """Shrink each gradient, in place, to a norm of ``clip`` where it is longer: DINO's ``clip_gradients``."""
     norms = torch._foreach_norm(gradients)

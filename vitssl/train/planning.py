@@ -145,11 +145,12 @@ def _waits(rules: Sequence[Rule], begun: Mapping[str, int] | None, *, steps: int
 
 def _refuse_flat_partitions(config: ProgramConfig) -> None:
     """Raise ConfigError for what needs to see a parameter whole."""
-    asked = {"optim.clip_by=parameter": config.optim.clip_by == "parameter", "optim.name=lars": config.optim.name == "lars"}
+    by = config.optim.clip_by
+    asked = {f"optim.clip_by={by}": by != "global", "optim.name=lars": config.optim.name == "lars"}
     if config.launch.engine.startswith("zero") and any(asked.values()):
         key = next(key for key, wanted in asked.items() if wanted)
         raise ConfigError(
-            f"{key} with launch.engine={config.launch.engine}: it goes by the norm of each parameter, and DeepSpeed cuts all of"
+            f"{key} with launch.engine={config.launch.engine}: it goes by norms of single parameters, and DeepSpeed cuts all of"
             " them, laid end to end, among the processes; take launch.engine=ddp"
         )
 
