@@ -2,9 +2,10 @@
 
 Every preset of ``configs/pretrain/small`` is timed first (processor seconds of a step on one core), then trained on the first
 20,000 images for as many steps as the budget allows, and judged on frozen features by MAE's linear probe, kNN and few shots.
-MAE runs under several seeds, whose deviation is the yardstick. Beside them stand the network nobody trained, raw pixels, and
-the same network trained with the labels of the same images for the same time. Rows go to ``learning.jsonl`` as they come, and
-what stands there is not done again; ``--table`` prints them. A machine that does other things makes steps look longer.
+MAE runs under several seeds, whose deviation is the yardstick. Beside each stands its network before training, and beside all
+raw pixels and the same network trained with the labels of the same images for the same time. Rows go to ``learning.jsonl`` as
+they come, and what stands there is not done again; ``--table`` prints them. A machine that does other things makes steps look
+longer.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def learn(method: str, seed: int, data: str, minutes: float, core: int) -> dict:
-    """A row: steps, processor seconds, first and last loss, what the protocols found, and for MAE of its beginning too."""
+    """A row: steps, processor seconds, first and last loss, what the protocols found, and what they find of new weights."""
     name, images = f"learn_{method}_{seed}", f"{data}/train-{{000000..000003}}.tar"
     settings = [f"data.path={images}", f"seed={seed}"]
     if method == LABELLED:
@@ -105,9 +106,7 @@ def learn(method: str, seed: int, data: str, minutes: float, core: int) -> dict:
         rows = Path(f"runs/{name}/probes.jsonl").read_text().splitlines()
         return row | {"linear": json.loads(rows[-1])["top1"]}
     row |= judged(f"runs/{name}", data, core)
-    if method == YARDSTICK:
-        row |= {f"random {key}": value for key, value in judged(f"random:runs/{name}", data, core).items()}
-    return row
+    return row | {f"random {key}": value for key, value in judged(f"random:runs/{name}", data, core).items()}
 
 
 def judged(encoder: str, data: str, core: int) -> dict[str, float]:
@@ -143,23 +142,21 @@ def means(rows: Iterable[tuple[str, str, float]]) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict]) -> list[str]:
-    """Markdown: each method's numbers, those of what it has to beat, and whether it does by three deviations of MAE's seeds."""
-    ours = [row for row in rows if row["method"] == YARDSTICK]
-    spread = statistics.stdev(row["linear"] for row in ours)
-    random = {key: statistics.fmean(row[f"random {key}"] for row in ours) for key in ours[0] if f"random {key}" in ours[0]}
-    lines = [
-        "| method | steps | images | loss | linear | kNN-20 | 5 shots | RankMe | learns |",
-        "|---|--:|--:|---|--:|--:|--:|--:|---|",
-    ]
-    for row in [{"method": "random initialisation", **random}, *rows]:
-        gate = "" if "steps" not in row else "yes" if row["linear"] > random["linear"] + 3 * spread else "**not shown**"
+    """Markdown: each method's numbers, and whether it is above its own beginning by three deviations of MAE's seeds."""
+    spread = statistics.stdev(row["linear"] for row in rows if row["method"] == YARDSTICK)
+    names = ["method", "minutes", "steps", "loss", "random", *COLUMNS.values(), "RankMe", "learns"]
+    lines = [f"| {' | '.join(names)} |", f"|---|{'--:|' * (len(names) - 2)}---|"]
+    for row in sorted(rows, key=lambda row: -row["linear"]):
+        random = row.get("random linear")
+        learns = "" if random is None else "yes" if row["linear"] > random + 3 * spread else "**not shown**"
         name = row["method"] + (f", seed {row['seed']}" if row["method"] == YARDSTICK else "")
+        counts = [f"{row['cpu_seconds'] / 60:.1f}", f"{row['steps']:,}"] if "steps" in row else ["", ""]
         loss = "{:.3g} to {:.3g}".format(*row["losses"]) if "losses" in row else ""
-        counts = [f"{row[key]:,}" if key in row else "" for key in ("steps", "images")]
-        shares = [f"{row[key]:.1%}" if key in row else "" for key in COLUMNS]
+        shares = ["" if value is None else f"{value:.1%}" for value in (random, *map(row.get, COLUMNS))]
         rank = next((f"{value:.1f}" for key, value in row.items() if key.startswith("rankme")), "")
-        lines.append(f"| {' | '.join([name, *counts, loss, *shares, rank, gate])} |")
-    return [*lines, "", f"Deviation of {YARDSTICK}'s {len(ours)} seeds: {spread:.2%}; three of them: {3 * spread:.1%}."]
+        lines.append(f"| {' | '.join([name, *counts, loss, *shares, rank, learns])} |")
+    seeds = sum(row["method"] == YARDSTICK for row in rows)
+    return [*lines, "", f"Deviation of {YARDSTICK}'s {seeds} seeds: {spread:.2%}; three of them: {3 * spread:.1%}."]
 
 
 def cpu(arguments: Sequence[str], core: int) -> float:
