@@ -62,8 +62,11 @@ def main(argv: Sequence[str]) -> int:
     def work(name: str, seed: int) -> None:
         core = cores.get()
         try:
-            row = pixels(options.data) if name == PIXELS else learn(name, seed, options.data, options.minutes, core)
-            line = json.dumps({"method": name, "seed": seed, **row})
+            steps = next((row["steps"] for row in rows if row["method"] == name), None)  # seeds differ in nothing else
+            row = pixels(options.data) if name == PIXELS else learn(name, seed, options.data, options.minutes, core, steps)
+            row = {"method": name, "seed": seed, **row}
+            rows.append(row)
+            line = json.dumps(row)
             with options.out.open("a") as file:
                 file.write(line + "\n")
             print(line, flush=True)
@@ -77,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def learn(method: str, seed: int, data: str, minutes: float, core: int) -> dict:
+def learn(method: str, seed: int, data: str, minutes: float, core: int, steps: int | None) -> dict:
     """A row: steps, processor seconds, first and last loss, what the protocols found, and what they find of new weights."""
     name, images = f"learn_{method}_{seed}", f"{data}/train-{{000000..000003}}.tar"
     settings = [f"data.path={images}", f"seed={seed}"]
@@ -97,8 +100,9 @@ def learn(method: str, seed: int, data: str, minutes: float, core: int) -> dict:
         program = ["pretrain", str(SMALL / f"{method}.yaml")]
         settings += UNJUDGED
     command = ["-m", *program, *settings, *QUIET]
-    few, many = (cpu([*command, f"run.name={name}_{steps}", f"length={steps}"], core) for steps in TIMED)
-    steps = max(TIMED[1], int((minutes * 60 - few) * (TIMED[1] - TIMED[0]) / (many - few)))
+    if steps is None:
+        few, many = (cpu([*command, f"run.name={name}_{short}", f"length={short}"], core) for short in TIMED)
+        steps = max(TIMED[1], int((minutes * 60 - few) * (TIMED[1] - TIMED[0]) / (many - few)))
     spent = cpu([*command, f"run.name={name}", f"length={steps}"], core)
     losses = [json.loads(line)["loss"] for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
     row = {"steps": steps, "images": steps * BATCH, "cpu_seconds": round(spent), "losses": [losses[0], losses[-1]]}

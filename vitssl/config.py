@@ -35,9 +35,23 @@ class Section(BaseModel):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
         return {
-            key: _merge(defaults[key].model_dump(exclude_unset=True), value) if key in defaults else value
-            for key, value in values.items()
+            key: _merge(_changed(defaults[key], None), value) if key in defaults else value for key, value in values.items()
         }
+
+
+def _changed(section: Section, usual: Section | None) -> dict[str, Any]:
+    """What makes ``section`` of ``usual``, or of a new one of its class: only values that differ, so that those which somebody
+    else's default would bring along are said too."""
+    found, values = {}, section.model_dump()
+    for name, field in type(section).model_fields.items():
+        value, other = getattr(section, name), field.default if usual is None else getattr(usual, name)
+        if isinstance(value, Section) and type(value) is type(other):
+            values[name] = _changed(value, other)
+            if values[name]:
+                found[name] = values[name]
+        elif value != other:
+            found[name] = values[name]
+    return found
 
 
 def _read_duration(value: Any) -> Duration:
