@@ -1,5 +1,6 @@
 """Losses over prototypes: against a loop over pairs and patches, the official numbers, and themselves in parts."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vitssl.losses.clusters import koleo, pair_cross_entropy, row_cross_entropy, sinkhorn_centre
+from vitssl.losses.clusters import koleo, mean_entropy, pair_cross_entropy, row_cross_entropy, sinkhorn_centre
 
 DINOV2 = Path(__file__).parents[1] / "golden" / "dinov2"
 INPUTS, OUTPUTS = (load_file(DINOV2 / f"{name}.safetensors") for name in ("inputs", "outputs"))
@@ -31,18 +32,20 @@ def plainly(logits: Tensor, target: Tensor, centre: Tensor) -> Tensor:
     return -(q * p.log()).sum()
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("logits", [1 << 26, 60, 1], ids=["at once", "parts", "row by row"])
-def test_pairs_by_a_slow_oracle(logits: int):
+def test_pairs_by_a_slow_oracle(logits: int, shared: bool):
     student, teacher = F.normalize(drawn(4, 5, 3), dim=-1).requires_grad_(), F.normalize(drawn(4, 2, 3, seed=1), dim=-1)
     prototypes, others = F.normalize(drawn(6, 3, seed=2), dim=-1).requires_grad_(), F.normalize(drawn(6, 3, seed=3), dim=-1)
     centre = 0.1 * drawn(6, seed=4)
     terms = [
         plainly(prototypes @ student[b, v], others @ teacher[b, t], centre)
-        for t in range(2) for v in range(5) for b in range(4) if t != v
+        for t in range(2) for v in range(5) for b in range(4) if t != v or not shared
     ]  # fmt: skip
     expected = torch.stack(terms).mean()
     wanted = torch.autograd.grad(expected, [student, prototypes])
-    loss, entropy, mean = pair_cross_entropy(student, teacher, prototypes, others, centre, **TEMPERATURES, logits=logits)
+    options = TEMPERATURES | {"shared": shared, "logits": logits}
+    loss, entropy, mean = pair_cross_entropy(student, teacher, prototypes, others, centre, **options)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for found, gradient in zip(torch.autograd.grad(loss, [student, prototypes]), wanted):
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-14)
@@ -66,16 +69,43 @@ def test_rows_by_a_slow_oracle(num: int, logits: int):
         torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("logits", [1 << 26, 24, 1], ids=["at once", "parts", "row by row"])
+def test_the_mean_choice_by_a_slow_oracle(logits: int):
+    """Number by number; and with another process, whose sums a ``total`` adds."""
+    rows, prototypes = drawn(7, 3).requires_grad_(), drawn(6, 3, seed=1).requires_grad_()
+    choices = [[(p @ row / 0.5).exp() / sum((q @ row / 0.5).exp() for q in prototypes) for p in prototypes] for row in rows]
+    means = [sum(choice[p] for choice in choices) / 7 for p in range(6)]
+    expected = -sum(mean * mean.log() for mean in means)
+    wanted = torch.autograd.grad(expected, [rows, prototypes])
+    found = mean_entropy(rows, prototypes, temperature=0.5, logits=logits)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for own, gradient in zip(torch.autograd.grad(found, [rows, prototypes]), wanted):
+        torch.testing.assert_close(own, gradient, rtol=1e-10, atol=1e-14)
+    rest = F.softmax(rows[3:] @ prototypes.T / 0.5, dim=-1).sum(dim=0)
+    both = mean_entropy(rows[:3], prototypes, temperature=0.5, total=lambda sums: sums + rest, logits=logits)
+    torch.testing.assert_close(both, expected, rtol=1e-12, atol=0)
+
+
+def test_prototypes_that_nobody_chooses_do_not_break_the_mean_choice():
+    rows = torch.eye(4)[:2].requires_grad_()
+    found = mean_entropy(rows, torch.eye(4), temperature=1e-3)
+    found.backward()
+    assert float(found) == pytest.approx(math.log(2)) and torch.isfinite(rows.grad).all()
+
+
 @pytest.mark.parametrize("logits", [1 << 26, 36])
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_sinkhorn_by_a_slow_oracle(iterations: int, logits: int):
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_sinkhorn_by_a_slow_oracle(rows_first: bool, iterations: int, logits: int):
     """A table of prototypes x rows made to sum to the same along one side, then the other."""
     rows, prototypes = F.normalize(drawn(9, 4), dim=-1), F.normalize(drawn(6, 4, seed=1), dim=-1)
     table = (prototypes @ rows.T / 0.05).exp()
+    table = table / table.sum(dim=0, keepdim=True) if rows_first else table
     for _ in range(iterations):
         table = table / table.sum(dim=1, keepdim=True) / 6
         table = table / table.sum(dim=0, keepdim=True) / 9
-    centre = sinkhorn_centre(rows, prototypes, temperature=0.05, iterations=iterations, logits=logits)
+    options = {"iterations": iterations, "rows_first": rows_first, "logits": logits}
+    centre = sinkhorn_centre(rows, prototypes, temperature=0.05, **options)
     found = ((rows @ prototypes.T - centre) / 0.05).softmax(dim=-1)
     torch.testing.assert_close(found, table.T * 9, rtol=1e-11, atol=1e-15)
 

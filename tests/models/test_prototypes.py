@@ -57,6 +57,8 @@ def test_a_new_head_is_the_official_initialisation():
     assert head.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05) and not head.mlp[0].bias.any()
     torch.testing.assert_close(head.last_layer().norm(dim=1), torch.ones(50))
     torch.testing.assert_close(head(torch.randn(3, 5, 64)).norm(dim=-1), torch.ones(3, 5))
+    normed = PrototypeHead(64, prototypes=50, hidden=128, bottleneck=16, layers=3, fixed_norm=True, norm=True)
+    assert [type(part).__name__ for part in normed.mlp] == ["Linear", "BatchNorm", "GELU"] * 2 + ["Linear"]
     assert isinstance(
         PrototypeHead(8, prototypes=3, hidden=4, bottleneck=2, layers=1, fixed_norm=True).mlp, torch.nn.Sequential
     )

@@ -64,6 +64,13 @@ CASES = {
         encoder={"registers": 2, "arguments": {"embed_dim": 16, "depth": 2, "num_heads": 2, "init_values": 0.1}},
     ),
     "dinov2 with centres": Case({"ibot": DINOV2 | {"head": HEAD, "centring": "mean", "centred_on": "masked"}}),
+    "msn": Case(
+        {"msn": PAIR_HEADS | {"prototypes": 12, "crops": CROPS}},
+        encoder={"pos_resample": "mae"},  # timm's rule resamples the gradient of learned positions in fp32
+    ),
+    "msn without Sinkhorn and small crops": Case(
+        {"msn": PAIR_HEADS | {"prototypes": 12, "sinkhorn": False, "mask_ratio": 0.5, "crops": {"num_local": 0}}}
+    ),
     "moco_v3": Case({"moco_v3": PAIR_HEADS}),
     "byol": Case({"byol": PAIR_HEADS}),
     "vicreg": Case({"vicreg": PAIR_HEADS}),

@@ -26,23 +26,25 @@ def pair_cross_entropy(
     *,
     temperature: float,
     teacher_temperature: float,
+    shared: bool = True,
     logits: int = LOGITS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, entropy of the teacher's choices, scalars in nats, and their mean [P]): each of its crops teaches all others.
 
     student [B, V, E] with the T crops that the teacher saw as the first of V, teacher [B, T, E], prototypes [P, E] each,
     centre [P]. Mean over samples and over the T x V - T pairs. DINO (Caron et al. 2021, algorithm 1 and equation 3); DINOv2
-    weighs its two kinds of crops to the same mean. No gradient reaches the teacher. At most ``logits`` numbers at a time.
+    weighs its two kinds of crops to the same mean. Not ``shared``: the teacher saw crops of its own, and there are T x V pairs
+    (MSN, Assran et al. 2022). No gradient reaches the teacher. At most ``logits`` numbers at a time.
     """
     num, crops, taught = len(student), student.shape[1], teacher.shape[1]
 
     def some(student: Tensor, teacher: Tensor) -> Tensor:
         choice = _choices(teacher, teacher_prototypes, centre, teacher_temperature)
-        return _pairs(F.linear(student, prototypes), *choice, temperature=temperature)
+        return _pairs(F.linear(student, prototypes), *choice, temperature=temperature, shared=shared)
 
     sums = _in_parts(some, student, teacher, width=(crops + taught) * len(prototypes), logits=logits)
     chosen = sums[1:].detach() / (num * taught)
-    return sums[0] / (num * (taught * crops - taught)), chosen[0], chosen[1:]
+    return sums[0] / (num * taught * (crops - shared)), chosen[0], chosen[1:]
 
 
 def row_cross_entropy(
@@ -70,6 +72,28 @@ def row_cross_entropy(
     return _in_parts(some, student, teacher, weights, width=2 * len(prototypes), logits=logits)
 
 
+def mean_entropy(
+    rows: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    logits: int = LOGITS,
+) -> Tensor:
+    """Scalar in nats: the entropy of the mean choice of all rows; ln P where together they use every prototype alike.
+
+    rows [R, E] of this process, prototypes [P, E]; ``total`` sums over processes, with gradient. What MSN makes large (Assran
+    et al. 2022, equation 1; me-max).
+    """
+
+    def some(rows: Tensor) -> Tensor:
+        return _chosen(F.linear(rows, prototypes), temperature=temperature)
+
+    sums = total(_in_parts(some, rows, width=len(prototypes), logits=logits))
+    mean = sums / sums.sum()  # a row's choice sums to 1
+    return -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+
+
 @torch.no_grad()
 def sinkhorn_centre(
     rows: Tensor,
@@ -77,6 +101,7 @@ def sinkhorn_centre(
     *,
     temperature: float,
     iterations: int = 3,
+    rows_first: bool = False,
     gather: Callable[[Tensor], Tensor] = lambda own: own,
     logits: int = LOGITS,
 ) -> Tensor:
@@ -84,9 +109,10 @@ def sinkhorn_centre(
 
     rows [R, E] of this process; ``gather`` [1, P] -> [processes, P] brings those of all together. Prototypes and rows are made
     equally likely in turn, prototypes first, as in SwAV (Caron et al. 2020, appendix A) and DINOv2; a row's last turn is the
-    softmax. In logarithms, so that no exponent overflows.
+    softmax. With ``rows_first`` rows have one turn before all (MSN's official code). In logarithms, so that no exponent
+    overflows.
     """
-    potential = None
+    potential = prototypes.new_zeros(len(prototypes)) if rows_first else None
     for _ in range(iterations):
         parts = []
         for some in rows.split(max(1, logits // len(prototypes))):
@@ -135,13 +161,19 @@ def _choices(rows: Tensor, prototypes: Tensor, centre: Tensor, temperature: floa
 
 
 @full_precision
-def _pairs(student: Tensor, assigned: Tensor, entropies: Tensor, *, temperature: float) -> Tensor:
+def _pairs(student: Tensor, assigned: Tensor, entropies: Tensor, *, temperature: float, shared: bool) -> Tensor:
     """[2 + P]: sums of cross entropies over pairs, of entropies, of choices. student [b, V, P] logits, assigned [b, T, P]."""
     student = student / temperature
     losses = torch.logsumexp(student, dim=-1)[:, None] - assigned @ student.mT  # [b, T, V]: -sum of q log p, as q sums to 1
-    same = torch.eye(*losses.shape[1:], dtype=torch.bool, device=losses.device)
-    sums = losses.masked_fill(same, 0.0).sum(), entropies.sum()
+    if shared:
+        losses = losses.masked_fill(torch.eye(*losses.shape[1:], dtype=torch.bool, device=losses.device), 0.0)
+    sums = losses.sum(), entropies.sum()
     return torch.cat([torch.stack(sums), assigned.sum(dim=(0, 1))])
+
+
+@full_precision
+def _chosen(rows: Tensor, *, temperature: float) -> Tensor:
+    return F.softmax(rows / temperature, dim=-1).sum(dim=0)
 
 
 @full_precision

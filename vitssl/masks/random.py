@@ -3,6 +3,19 @@
 import torch
 from torch import Tensor
 
+from vitssl.errors import ConfigError
+
+
+def num_kept(num: int, ratio: float, *, key: str, unit: str = "patches") -> int:
+    """How many of ``num`` are kept where ``ratio`` of them are removed, rounded down.
+
+    Raises ConfigError, naming the ``key`` of the ratio, where that is none.
+    """
+    kept = int(num * (1 - ratio))
+    if kept < 1:
+        raise ConfigError(f"{key}={ratio} keeps none of {num} {unit}; keep one with at most {1 - 1 / num:.4g}")
+    return kept
+
 
 def random_keep(noise: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
     """Per-sample random masking without replacement (He et al. 2022, section 3.1).

@@ -31,22 +31,29 @@ class Prototypes(nn.Module):
 class PrototypeHead(nn.Module):
     """[..., D] -> [..., E] of length 1, in fp32 at least, through an MLP with GELU; ``last_layer()`` are the prototypes [P, E].
 
-    The logits are ``F.linear(head(x), head.last_layer())``. Names as in the official codes of DINO and DINOv2 (iBOT calls a
-    second last layer ``last_layer2``).
+    The logits are ``F.linear(head(x), head.last_layer())``. With ``norm`` BatchNorm follows the MLP's hidden layers, and rows
+    are [R, D]. Names as in the official codes of DINO and DINOv2 (iBOT calls a second last layer ``last_layer2``).
     """
 
-    def __init__(self, dim: int, *, prototypes: int, hidden: int, bottleneck: int, layers: int, fixed_norm: bool) -> None:
+    def __init__(
+        self, dim: int, *, prototypes: int, hidden: int, bottleneck: int, layers: int, fixed_norm: bool, norm: bool = False
+    ) -> None:
         super().__init__()
-        self.mlp = mlp([dim, *[hidden] * (layers - 1), bottleneck], norm=False, activation=nn.GELU)
+        self.mlp = mlp([dim, *[hidden] * (layers - 1), bottleneck], norm=norm, activation=nn.GELU)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.last_layer = Prototypes(prototypes, bottleneck, fixed_norm=fixed_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mlp(x)
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        return on_sphere(self.mlp(x))
+
+
+def on_sphere(rows: Tensor) -> Tensor:
+    """[..., E] -> the same of length 1, in fp32 at least."""
+    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
 
 
 class Centre(nn.Module):

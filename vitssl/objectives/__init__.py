@@ -24,6 +24,7 @@ TABLE = {
     "lejepa": "vitssl.objectives.lejepa:LeJEPA",
     "mae": "vitssl.objectives.mae:MAE",
     "moco_v3": "vitssl.objectives.moco_v3:MoCoV3",
+    "msn": "vitssl.objectives.msn:MSN",
     "patch_prediction": "vitssl.objectives.patch_prediction:PatchPrediction",
     "simclr": "vitssl.objectives.simclr:SimCLR",
     "simmim": "vitssl.objectives.simmim:SimMIM",

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitssl.config import Count, Section
 from vitssl.errors import ConfigError
 from vitssl.losses.pixels import masked_mse, normalize_patches, patchify, unpatchify
-from vitssl.masks.random import in_blocks, random_keep
+from vitssl.masks.random import in_blocks, num_kept, random_keep
 from vitssl.models.encoder import EncoderSpec, Tokens
 from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective
@@ -74,12 +74,8 @@ class MAE(Objective):
                 f"objectives.{self.name}.block={block} does not divide the {spec.grid[0]}x{spec.grid[1]} patches of an image"
             )
         self.num_blocks = spec.num_patches // block**2
-        kept = int(self.num_blocks * (1 - config.mask_ratio))
-        if kept < 1:
-            raise ConfigError(
-                f"objectives.{self.name}.mask_ratio={config.mask_ratio} keeps none of {self.num_blocks} "
-                f"{'patches' if block == 1 else 'blocks'}; keep one with at most {1 - 1 / self.num_blocks:.4g}"
-            )
+        unit = "patches" if block == 1 else "blocks"
+        kept = num_kept(self.num_blocks, config.mask_ratio, key=f"objectives.{self.name}.mask_ratio", unit=unit)
         painted = max(1, round(config.decode * (self.num_blocks - kept)))
         self.num_keep, self.num_painted = kept * block**2, painted * block**2
         out = spec.patch[0] * spec.patch[1] * spec.channels
