@@ -116,8 +116,10 @@ def plain_mae(task: Mixture) -> PlainMAE:
     """The yardstick of ``--bench step``: the same shapes, written plainly. Raises ConfigError for other methods."""
     if list(task.objectives) != ["mae"]:
         raise ConfigError(f"--bench step compares MAE with a plain MAE, and this config has {', '.join(task.objectives)}")
-    mae = task.objectives["mae"]
-    return PlainMAE(task.encoder.spec, num_keep=mae.num_keep, **mae.config.decoder.model_dump())
+    mae, decoder = task.objectives["mae"], task.objectives["mae"].config.decoder
+    if decoder.attention == "cross":
+        raise ConfigError("--bench step: the plain MAE has no objectives.mae.decoder.attention=cross; compare it with self")
+    return PlainMAE(task.encoder.spec, num_keep=mae.num_keep, **decoder.sizes)
 
 
 def export(session: Session) -> None:

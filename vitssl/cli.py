@@ -229,5 +229,7 @@ def _painter(run: Path, to: str, facts: Mapping[str, Any]) -> "Painter":
             " its end, by the same command again"
         )
     config = build(MAE.Config, values, where=str(run / "config.yaml"))
+    if config.decoder.attention == "cross":
+        raise CheckpointError("--decoder: transformers' ViTMAE has no decoder with attention=cross; leave it out")
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return Painter(state, config.decoder.heads, config.mask_ratio, config.norm_pix)

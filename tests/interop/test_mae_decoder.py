@@ -23,14 +23,15 @@ transformers = pytest.importorskip("transformers", reason="the extra vitssl[tran
 SETTINGS = {"mask_ratio": 0.7, "decoder": {"dim": 8, "depth": 2, "heads": 2, "mlp_ratio": 3.0}}
 
 
-def pretrained(folder: Path, *, step: int = 5, **changes: Any) -> tuple[Encoder, MAE]:
+def pretrained(folder: Path, *, step: int = 5, attention: str = "self", **changes: Any) -> tuple[Encoder, MAE]:
     """A run as python -m pretrain leaves it, as far as it matters here."""
     torch.manual_seed(0)
     arguments = {"embed_dim": 16, "depth": 2, "num_heads": 2}
     values = {"name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "arguments": arguments, "positions": "sincos"}
     section = EncoderConfig.model_validate(values | changes)
     encoder = create(section)
-    mae = MAE(MAE.Config.model_validate(SETTINGS), encoder.spec)
+    settings = SETTINGS | {"decoder": SETTINGS["decoder"] | {"attention": attention}}
+    mae = MAE(MAE.Config.model_validate(settings), encoder.spec)
     with torch.no_grad():
         for parameter in (*encoder.parameters(), *mae.parameters()):
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -39,7 +40,7 @@ def pretrained(folder: Path, *, step: int = 5, **changes: Any) -> tuple[Encoder,
     state = {f"objectives.mae.{name}": tensor for name, tensor in mae.state_dict().items()}
     state |= {f"encoder.vit.{name}": tensor for name, tensor in encoder.state().items()}
     save(folder / "checkpoints", Saved(step=step, state=state, moments={}, facts={}))
-    (folder / "config.yaml").write_text(yaml.safe_dump({"objectives": {"mae": SETTINGS}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"objectives": {"mae": settings}}))
     return encoder, mae
 
 
@@ -72,6 +73,7 @@ WRONG = {
     "timm has no masked autoencoder": ({}, ["--to", "timm"], None),
     "holds no checkpoint with an MAE decoder": ({}, ["--to", "transformers"], "checkpoints"),
     "its export is of step 5, its newest checkpoint of step 7": ({"step": 7}, ["--to", "transformers"], None),
+    "no decoder with attention=cross": ({"attention": "cross"}, ["--to", "transformers"], None),
     "one class token, no registers": ({"registers": 2}, ["--to", "transformers"], None),
 }
 

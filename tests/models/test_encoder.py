@@ -135,8 +135,13 @@ def test_masked_patches_are_replaced_before_positions():
 def test_last_blocks_stand_before_the_norm():
     encoder = tiny()
     images, outputs = pictures(encoder), []
+    given = []
+    encoder.vit.blocks[0].register_forward_pre_hook(lambda module, args: given.append(args[0]))
     for block in encoder.vit.blocks:
         block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    every = encoder(images, last_blocks=4).blocks
+    assert len(every) == 4 and all(torch.equal(joined(own), x) for own, x in zip(every, given + outputs))
+    outputs.clear()
     tokens = encoder(images, last_blocks=2)
     assert len(tokens.blocks) == 2
     torch.testing.assert_close(joined(tokens.blocks[0]), outputs[1])
@@ -247,7 +252,7 @@ def test_what_cannot_be_built_is_said_in_one_line(settings: dict, message: str):
         ({"mask_token": torch.zeros(24)}, "belong together"),
         ({"keep": torch.zeros(1, 3, dtype=torch.int64)}, r"keep must be \[2, K\]"),
         ({"mask": torch.zeros(2, 9, dtype=torch.bool), "mask_token": torch.zeros(24)}, r"mask must be \[2, 16\]"),
-        ({"last_blocks": 4}, "has 3 blocks"),
+        ({"last_blocks": 5}, "has 3 blocks"),
     ],
 )
 def test_doors_refuse_what_makes_no_sense(doors: dict, message: str):

@@ -45,6 +45,11 @@ CASES = {
     "patch_prediction": Case({"patch_prediction": {"bits": 2}}),
     "mae": Case({"mae": PAINTER}),
     "mae in blocks, a part painted": Case({"mae": {"block": 2, "decode": 0.25} | PAINTER}),
+    "mae that looks across": Case({"mae": {"decode": 0.5, "decoder": PAINTER["decoder"] | {"attention": "cross"}}}),
+    "mae that looks across at all blocks": Case(
+        {"mae": {"decoder": PAINTER["decoder"] | {"attention": "cross", "mixing": True}}},
+        frozen={r"encoder\.vit\.norm\.": "the loss looks before it"},
+    ),
     "can": Case({"can": PAINTER | {"out": 8}}),
     "can without noise, with BatchNorm": Case({"can": PAINTER | {"denoising": 0, "norm": True, "decode": 0.5}}),
     "distill": Case({"distill": {"teacher": {"name": "tokens"}}}),

@@ -25,7 +25,7 @@ def test_blocks_by_a_slow_oracle():
 @pytest.mark.parametrize("block", [1, 2])
 def test_what_is_removed_is_whole_blocks(block: int):
     mae = create("mae", {"mask_ratio": 0.6, "block": block} | SMALL, SPEC)
-    keep, places, mask = mae._masks(torch.rand(3, mae.num_blocks, dtype=torch.float64), decode=1.0)
+    keep, places, mask = mae._masks(torch.rand(3, mae.num_blocks, dtype=torch.float64), decode=None)
     assert places is None and keep.shape == (3, mae.num_keep)
     for b in range(3):
         assert sorted(keep[b].tolist()) == [n for n in range(24) if not mask[b, n]]

@@ -182,10 +182,11 @@ class Encoder(nn.Module):
 
         ``keep`` [B, K] int64: only these patches go through the blocks, in this order, each with its own position; prefix
         tokens always stay. ``mask`` [B, N] bool: where True the patch embedding is replaced by ``mask_token`` [D] before
-        positions are added. ``last_blocks``: how many block outputs to return as well. Any image size that the patches
-        divide is served, by resampled positions. Raises ValueError for a mixture of the two doors, ConfigError for a size.
+        positions are added. ``last_blocks``: how many block outputs to return as well; one more than there are blocks: what
+        goes into the first too. Any image size that the patches divide is served, by resampled positions. Raises ValueError
+        for a mixture of the two doors, ConfigError for a size.
         """
-        if not 0 <= last_blocks <= self.spec.depth:
+        if not 0 <= last_blocks <= self.spec.depth + 1:
             raise ValueError(f"last_blocks={last_blocks}, but the encoder has {self.spec.depth} blocks")
         doors = {"keep": keep, "mask": mask, "mask_token": mask_token}
         self._check_doors(images, **doors)

@@ -15,13 +15,18 @@ from vitssl.models.encoder import EncoderSpec, Tokens
 from vitssl.models.init import init_as_mae
 from vitssl.models.positions import sincos_2d
 
+NORM = partial(nn.LayerNorm, eps=1e-6)
+
 
 class Decoder(nn.Module):
     """Tokens of the kept patches -> a vector for every patch.
 
     dim, depth, heads, mlp_ratio: its own transformer; out: numbers per patch. Initialised as in MAE. Positions are the fixed
     sin-cos table of the encoder's grid, zero for prefix tokens. Raises ConfigError for a width that heads do not divide.
+    ``looks``: how many outputs of the encoder's blocks it is to be given beside its tokens (``last_blocks``).
     """
+
+    looks = 0
 
     def __init__(
         self, spec: EncoderSpec, *, dim: int = 512, depth: int = 8, heads: int = 16, mlp_ratio: float = 4.0, out: int
@@ -31,14 +36,11 @@ class Decoder(nn.Module):
             raise ConfigError(f"the decoder's width {dim} is not divisible by its {heads} heads; change dim or heads")
         self.prefix = spec.prefix
         self.checkpointing = False
-        self.embed = nn.Linear(spec.dim, dim)
+        self.embed = self._embed(spec.dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))  # 3-D as in MAE, where it is weight-decayed
         self.register_buffer("positions", sincos_2d(dim, spec.grid).to(torch.get_default_dtype()), persistent=False)  # [N, dim]
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.Sequential(
-            *(Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
-        )
-        self.norm = norm(dim)
+        self.blocks = nn.Sequential(*(self._block(spec.dim, dim, heads, mlp_ratio) for _ in range(depth)))
+        self.norm = NORM(dim)
         self.predict = nn.Linear(dim, out)
         init_as_mae(self)
 
@@ -58,14 +60,24 @@ class Decoder(nn.Module):
         x = torch.cat([prefix, patches], dim=1)  # [B, R + (N or K + M), dim]
         x, _ = run_blocks(self.blocks, x, checkpointing=self.checkpointing)
         answer = self.predict(self.norm(x[:, self.prefix :]))
-        if places is None:
-            return answer
-        empty = answer.new_zeros(len(answer), len(self.positions), answer.shape[-1])
-        return empty.scatter(1, _rows(seats, answer.shape[-1]), answer)
+        return answer if places is None else self._in_places(answer, seats)
 
     def compile_blocks(self) -> None:
         """Compile every block in place; state names do not change."""
         compile_in_place(self.blocks)
+
+    def _in_places(self, answer: Tensor, seats: Tensor) -> Tensor:
+        """answer [B, M, out] of the patches seats [B, M] -> [B, N, out], 0 elsewhere."""
+        empty = answer.new_zeros(len(answer), len(self.positions), answer.shape[-1])
+        return empty.scatter(1, _rows(seats, answer.shape[-1]), answer)
+
+    @staticmethod
+    def _embed(width: int, dim: int) -> nn.Module:
+        return nn.Linear(width, dim)
+
+    @staticmethod
+    def _block(width: int, dim: int, heads: int, mlp_ratio: float) -> nn.Module:
+        return Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=NORM)
 
 
 def _rows(numbers: Tensor, width: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vitssl.config import Count
 from vitssl.draws import normal
+from vitssl.errors import ConfigError
 from vitssl.losses.contrast import nt_xent
 from vitssl.losses.pixels import masked_mse, unpatchify
 from vitssl.models.encoder import EncoderSpec, Tokens
@@ -59,6 +60,11 @@ class CAN(MAE):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
+        if config.decoder.attention == "cross":
+            raise ConfigError(
+                "objectives.can.decoder.attention=cross paints removed patches alone, and CAN asks for the noise of shown ones;"
+                " take self"
+            )
         self.projector = mlp([spec.dim, *[config.hidden or spec.dim] * (config.layers - 1), config.out], norm=config.norm)
         self.level = mlp([LEVELS, spec.dim, spec.dim], norm=False) if config.denoising else None
 
@@ -73,7 +79,7 @@ class CAN(MAE):
         def both(name: str, num: int) -> Tensor:
             return torch.cat([draw(name, num), draw(f"{name}.other", num)])
 
-        keep, places, painted = self._masks(both("mask", self.num_blocks), decode=self.config.decode)
+        keep, places, painted = self._masks(both("mask", self.num_blocks), decode=self._decode)
         level = both("level", 1)[:, 0] if self.level else None
         noise = None if level is None else self._noise(both, keep, level * self.config.sigma).to(images.dtype)
         shown = images if noise is None else images + unpatchify(noise, self.spec.patch, self.spec.grid)

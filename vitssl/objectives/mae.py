@@ -3,16 +3,17 @@
 The surprising decision: the encoder never sees a mask token, only the kept quarter of the patches, in the order of their noise.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from vitssl.config import Count, Section
 from vitssl.errors import ConfigError
 from vitssl.losses.pixels import masked_mse, normalize_patches, patchify, unpatchify
 from vitssl.masks.random import in_blocks, num_kept, random_keep
+from vitssl.models.cross import CrossDecoder
 from vitssl.models.encoder import EncoderSpec, Tokens
 from vitssl.models.predictor import Decoder
 from vitssl.objectives.base import Nets, Objective
@@ -31,6 +32,27 @@ class DecoderConfig(Section):
     depth: Count = Field(8, description="blocks")
     heads: Count = Field(16, description="attention heads")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLPs over the width")
+    attention: Literal["self", "cross"] = Field(
+        "self", description="of mask tokens: to all tokens, or to the encoder's alone (CrossMAE)"
+    )
+    mixing: bool = Field(
+        False, description="of attention=cross: each block looks at a mixture of the encoder's blocks, before its final norm"
+    )
+
+    @model_validator(mode="after")
+    def _mixes_for_somebody(self) -> "DecoderConfig":
+        if self.mixing and self.attention == "self":
+            raise ValueError("mixing is of what attention=cross looks at, and attention=self; set that, or leave mixing out")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"attention", "mixing"})
+
+    def build(self, spec: EncoderSpec, out: int) -> Decoder:
+        if self.attention == "cross":
+            return CrossDecoder(spec, **self.sizes, mixing=self.mixing, out=out)
+        return Decoder(spec, **self.sizes, out=out)
 
 
 CROP = SingleConfig(scale=(0.2, 1.0))
@@ -56,7 +78,7 @@ class MAE(Objective):
     class Config(Objective.Config):
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="fraction of patches removed; int(N * (1 - ratio)) are kept")
         block: Count = Field(1, description="patches are removed in squares of block x block (Pixio: 4)")
-        decode: Share = Field(1.0, description="fraction of the removed patches that are painted, drawn anew (CrossMAE: 0.25)")
+        decode: Share = Field(1.0, description="fraction of the removed patches that are painted, drawn anew (CrossMAE: 0.333)")
         norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and deviation")
         decoder: DecoderConfig = DecoderConfig()
         view: SingleConfig = CROP
@@ -79,14 +101,14 @@ class MAE(Objective):
         painted = max(1, round(config.decode * (self.num_blocks - kept)))
         self.num_keep, self.num_painted = kept * block**2, painted * block**2
         out = spec.patch[0] * spec.patch[1] * spec.channels
-        self.decoder = Decoder(spec, **config.decoder.model_dump(), out=out)
+        self.decoder = config.decoder.build(spec, out)
 
     def views(self) -> dict[str, View]:
         return self.config.view.views(self.spec.image_size)
 
     def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """``error`` [B]: of each image of views["image"] [B, C, H, W]."""
-        pred, painted = self._predict(nets, views["image"], draw, decode=self.config.decode)
+        pred, painted = self._predict(nets, views["image"], draw, decode=self._decode)
         return {"error": masked_mse(pred, self._target(views["image"])[0], painted, each=True)}
 
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,22 +134,27 @@ class MAE(Objective):
         patches = (pixels, pixels.masked_fill(removed, 0.0), pred, torch.where(removed, pred, pixels))
         return Reconstruction(*(unpatchify(p, self.spec.patch, self.spec.grid) for p in patches))
 
-    def _predict(self, nets: Nets, images: Tensor, draw: Draw, *, decode: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(prediction [B, N, P], [B, N] bool: True where removed and, with ``decode`` below 1, painted)."""
+    @property
+    def _decode(self) -> float | None:
+        """Of the removed patches; None: all patches, for mask tokens that attend to each other see each other anyway."""
+        return None if self.config.decode == 1 and self.config.decoder.attention == "self" else self.config.decode
+
+    def _predict(self, nets: Nets, images: Tensor, draw: Draw, *, decode: float | None = None) -> tuple[Tensor, Tensor]:
+        """(prediction [B, N, P], [B, N] bool: True where removed and, with ``decode``, painted)."""
         keep, places, painted = self._masks(draw("mask", self.num_blocks), decode=decode)
-        return self._paint(nets.student(images, keep=keep), keep, places), painted
+        return self._paint(nets.student(images, keep=keep, last_blocks=self.decoder.looks), keep, places), painted
 
     def _paint(self, tokens: Tokens, keep: Tensor, places: Tensor | None) -> Tensor:
         """[B, N, P]: what the decoder makes of the tokens of ``keep``."""
         return self.decoder(tokens, keep, places)
 
-    def _masks(self, noise: Tensor, *, decode: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _masks(self, noise: Tensor, *, decode: float | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """noise [B, blocks] -> (keep [B, K]; which others are painted [B, M], None: all; the same as a mask [B, N])."""
-        num = self.num_keep if decode == 1 else self.num_keep + self.num_painted
+        num = self.num_keep if decode is None else self.num_keep + self.num_painted
         blocks, _ = random_keep(noise, num // self.config.block**2)
         keep, places = in_blocks(blocks, self.spec.grid, self.config.block).split([self.num_keep, num - self.num_keep], dim=1)
         others = torch.ones(len(keep), self.spec.num_patches, dtype=torch.bool, device=keep.device)
-        if decode == 1:
+        if decode is None:
             return keep, None, others.scatter_(1, keep, False)
         return keep, places, ~others.scatter_(1, places, False)
 

@@ -55,12 +55,12 @@ def run_blocks(
     checkpointing: bool = False,
     last: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """x [B, T, D], or packed [T, D] -> the output of the last block, and those of the ``last`` blocks. ``beside``: what each
-    is given besides.
+    """x [B, T, D], or packed [T, D] -> the output of the last block, and those of the ``last`` blocks (one more than there are:
+    x itself is the first). ``beside``: what each is given besides.
 
     With ``checkpointing`` a block keeps only its input for the backward pass and is computed again there.
     """
-    outputs = []
+    outputs = [x] if last > len(blocks) else []
     for index, block in enumerate(blocks):
         more = {} if beside is None else beside[index]
         again = checkpointing and torch.is_grad_enabled()
