@@ -52,6 +52,7 @@ CASES = {
     ),
     "can": Case({"can": PAINTER | {"out": 8}}),
     "can without noise, with BatchNorm": Case({"can": PAINTER | {"denoising": 0, "norm": True, "decode": 0.5}}),
+    "cmae": Case({"cmae": PAINTER | PAIR_HEADS | {"shift": 4}}),
     "distill": Case({"distill": {"teacher": {"name": "tokens"}}}),
     "distill smaller patches by smooth L1": Case(
         {"distill": {"teacher": {"name": "larger"}, "target": "patches", "loss": "smooth_l1"}}

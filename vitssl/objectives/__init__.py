@@ -16,6 +16,7 @@ TABLE = {
     "barlow_twins": "vitssl.objectives.barlow_twins:BarlowTwins",
     "byol": "vitssl.objectives.byol:BYOL",
     "can": "vitssl.objectives.can:CAN",
+    "cmae": "vitssl.objectives.cmae:CMAE",
     "data2vec": "vitssl.objectives.data2vec:Data2Vec",
     "dino": "vitssl.objectives.dino:DINO",
     "distill": "vitssl.objectives.distill:Distill",

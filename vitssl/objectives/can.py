@@ -27,16 +27,15 @@ from vitssl.models.mlp import mlp
 from vitssl.models.positions import waves
 from vitssl.objectives.base import Nets
 from vitssl.objectives.mae import CROP, MAE
+from vitssl.objectives.pairs import HALF
 from vitssl.objectives.single import SingleConfig
 from vitssl.plan import Stack
 from vitssl.schedule import Clock
-from vitssl.sections import PhotometricConfig, Positive, Strength
+from vitssl.sections import Positive, Strength
 from vitssl.task import Draw, Embeddings
 from vitssl.views import View
 
 LEVELS, STEPS = 128, 1000  # width of the waves that tell the noise level; how far apart levels stand
-
-COLOURS = PhotometricConfig(jitter=0.8, saturation=0.4, grey=0.2, blur=0.5)
 
 
 class CAN(MAE):
@@ -44,7 +43,7 @@ class CAN(MAE):
 
     class Config(MAE.Config):
         mask_ratio: float = Field(0.5, gt=0, lt=1, description="fraction of each view's patches removed")
-        view: SingleConfig = CROP.model_copy(update={"photometric": COLOURS})
+        view: SingleConfig = CROP.model_copy(update={"photometric": HALF})
         contrast: Strength = Field(0.03, description="weight of NT-Xent between the views")
         reconstruction: Strength = Field(0.67, description="weight of the error on removed patches")
         denoising: Strength = Field(0.3, description="weight of the error of the noise on shown patches; 0: no noise is added")

@@ -19,22 +19,21 @@ from vitssl.models.prototypes import PrototypeHead, on_sphere
 from vitssl.models.twin import Twin
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.crops import MultiCropConfig, by_sample, joined
+from vitssl.objectives.pairs import HALF
 from vitssl.plan import Stack
 from vitssl.schedule import Clock, Schedule
-from vitssl.sections import PhotometricConfig, Positive, Strength
+from vitssl.sections import Positive, Strength
 from vitssl.task import Draw, Embeddings, Rule, decay_rules
 from vitssl.views import View
 
-COLOURS = PhotometricConfig(jitter=0.8, saturation=0.4, grey=0.2, blur=0.5)
-"""Those of all views, official code at its strength of 0.5."""
 CROPS = MultiCropConfig(
     scale=(0.3, 1.0),
     local_scale=(0.05, 0.3),
     num_local=10,
     interpolation="bilinear",
-    first=COLOURS,
-    second=COLOURS,
-    local=COLOURS,
+    first=HALF,
+    second=HALF,
+    local=HALF,
 )
 """``first`` is the target, ``second`` the anchor that is masked, the small ones are the focal anchors, which are not."""
 

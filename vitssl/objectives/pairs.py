@@ -17,6 +17,8 @@ from vitssl.views import Photometric, View
 COLOURS = PhotometricConfig(jitter=0.8, grey=0.2, blur=1.0)
 """The first view's in BYOL (Grill et al. 2020, appendix B), MoCo v3, Barlow Twins and VICReg."""
 SECOND = COLOURS.model_copy(update={"blur": 0.1, "solarize": 0.2})
+HALF = PhotometricConfig(jitter=0.8, saturation=0.4, grey=0.2, blur=0.5)
+"""SimCLR's at half of their strength: those of CAN, of CMAE's target and, in its official code, of MSN."""
 
 
 class CropConfig(Section):
