@@ -65,7 +65,7 @@ def prepare(config: EmbedConfig, report: Report) -> tuple[Embedding, dict[str, o
     kinds = config.kind or [facts["pooling"]]
     features = [Feature(kind, _layer(layer, encoder), config.norm) for kind in kinds for layer in config.layer]
     if "class" in kinds:
-        encoder.spec.refuse_pooling("class")
+        encoder.spec.require_class_token("kind=class")
     refuse_training_settings(config.data, key="data")
     check_channels(encoder.spec.channels, arrays=config.data.arrays)
     source = open_configured(config.data, key="data", progress=report.waiting("preparing data"))

@@ -3,7 +3,7 @@
 from finetune.config import FinetuneConfig
 from vitssl.errors import ConfigError, first_of
 from vitssl.interop.taught import named_classifier
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.teacher import Teacher
 from vitssl.report import Report
 from vitssl.train.export import exported_classifier

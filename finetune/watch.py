@@ -15,8 +15,8 @@ from vitssl.data.sources import Source
 from vitssl.inspect.charts import confusion_chart, drawable, mistakes_sheet
 from vitssl.inspect.pictures import save_sheet
 from vitssl.inspect.results import calibration_error, class_table, confusion, weakest
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.positions import check_size
+from vitssl.models.spec import EncoderSpec
 from vitssl.probes.protocols import wilson
 from vitssl.train.export import write_export
 from vitssl.train.loop import Event

@@ -79,6 +79,13 @@ class TeacherConfig(Section):
     final: Fraction = Field(1.0, description="momentum at the end of the run")
     shape: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the way between the two")
 
+    @field_validator("final", "shape")
+    @classmethod
+    def _is_of_a_momentum(cls, value: Any, info: ValidationInfo) -> Any:
+        if value != cls.model_fields[info.field_name].default and info.data.get("momentum", 1.0) is None:
+            raise ValueError("is of a momentum that is not given; set teacher.momentum too, or leave it out")
+        return value
+
     @property
     def schedule(self) -> Schedule | None:
         return None if self.momentum is None else Schedule(self.momentum, final=self.final, shape=self.shape)

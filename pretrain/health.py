@@ -56,11 +56,15 @@ class Health:
     def act(self, step: int) -> bool:
         """Measure; true ends the run. Raises Rollback, on every process."""
         row = {"step": step, **self._trained(step), **self._measure()}
+        if any(step <= steps for rule, steps in self.session.plan.waits.items() if rule.startswith("encoder.")):
+            row.pop("teacher_distance", None)  # a student that waits is what its teacher is
         self.rows.append(row)
         if self.session.engine.main:
             self.session.report.rows(FILE, [row])
             self.session.report.scalars({f"health/{key}": value for key, value in row.items() if key != "step"}, step)
-        name, said = alarm(self.rows) or (None, None)  # the rows are the same on every process
+        plan = self.session.plan
+        met = plan.micro_batch * (plan.accumulation if self.session.engine.task.couples_samples else 1)
+        name, said = alarm(self.rows, met=met) or (None, None)  # the rows are the same on every process
         if said is None:
             return False
         policy = self.session.config.health.on_alarm

@@ -11,7 +11,8 @@ from pretrain.start import Start
 from vitssl import objectives
 from vitssl.errors import ConfigError
 from vitssl.interop.taught import named_classifier
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.encoder import Encoder
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.teacher import Teacher
 from vitssl.report import Report
 from vitssl.train.export import exported_classifier
@@ -32,6 +33,8 @@ class Taught:
         if asked.image_size is not None:
             size = asked.image_size
             facts["size"] = (size, size) if isinstance(size, int) else size
+            if isinstance(network, Encoder):
+                network.spec.refuse_size(facts["size"], f"{self.key}.image_size:")
         self.teacher = Teacher(network, **facts)
 
     @classmethod

@@ -22,8 +22,7 @@ T = TypeVar("T", bound="Section")
 class Section(BaseModel):
     """A typed part of a config: unknown keys are errors, values cannot change.
 
-    Where a field's default is a section, keys given for it change those of that default, not of a new section: the second
-    crop of a pair keeps its own colours when its scale is set.
+    Keys given where the default is a section change that: the second crop of a pair keeps its colours when its scale is set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -34,23 +33,18 @@ class Section(BaseModel):
         if not isinstance(values, dict):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
-        return {
-            key: _merge(_changed(defaults[key], None), value) if key in defaults else value for key, value in values.items()
-        }
+        return {key: _merge(_changed(defaults[key], None), own) if key in defaults else own for key, own in values.items()}
 
 
 def _changed(section: Section, usual: Section | None) -> dict[str, Any]:
-    """What makes ``section`` of ``usual``, or of a new one of its class: only values that differ, so that those which somebody
-    else's default would bring along are said too."""
-    found, values = {}, section.model_dump()
+    """The values by which ``section`` differs from ``usual``, or from a new one of its class, section by section."""
+    found = section.model_dump()
     for name, field in type(section).model_fields.items():
         value, other = getattr(section, name), field.default if usual is None else getattr(usual, name)
-        if isinstance(value, Section) and type(value) is type(other):
-            values[name] = _changed(value, other)
-            if values[name]:
-                found[name] = values[name]
-        elif value != other:
-            found[name] = values[name]
+        if value == other:
+            del found[name]
+        elif isinstance(value, Section) and type(value) is type(other):
+            found[name] = _changed(value, other)
     return found
 
 

@@ -125,6 +125,9 @@ class Task(nn.Module):
     def after_step(self, clock: Clock) -> None:
         """Called once after every optimiser step, where a method moves its teacher or its centres."""
 
+    def check_batch(self, num: int) -> None:
+        """Raise ConfigError where ``num`` images, the global batch, cannot meet in its loss."""
+
     def stacks(self) -> list[Stack]:
         """The transformer stacks one sample passes through, for the plan's estimate of memory."""
         raise NotImplementedError

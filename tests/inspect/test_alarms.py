@@ -2,16 +2,22 @@
 
 import pytest
 
-from vitssl.inspect.alarms import alarm
+from vitssl.inspect import alarms
 
-WELL = {"loss": 6.0, "std": 0.3, "rankme": 12.0, "weights": 10.0, "teacher_distance": 0.01}
+WELL = {"loss": 6.0, "dino/loss": 6.0, "std": 0.3, "rankme": 12.0, "weights": 10.0}
+WELL |= {"teacher_distance": 0.01, "teacher_agreement": 0.9}
 WELL |= {"dino/usage": 40.0, "dino/entropy": 0.6}
 
-ALONE = {key: value for key, value in WELL.items() if key != "teacher_distance"}
+ALONE = {key: value for key, value in WELL.items() if not key.startswith("teacher")}
+
+
+def alarm(rows: list[dict], met: int = 256) -> tuple[str, str] | None:
+    return alarms.alarm(rows, met=met)
+
 
 SIGNS = [
     ("alias", {"teacher_distance": 0.0}, "alias, or teacher.momentum is 0"),
-    ("divergence", {"loss": 9.1}, "was 6 at first: the learning rate is too high"),
+    ("divergence", {"dino/loss": 9.1}, "dino/loss is 9.1 and was 6 at first: the learning rate is too high"),
     ("divergence", {"weights": 41.0}, "4.1 times their norm: the learning rate is too high"),
     ("one prototype", {"dino/usage": 1.9}, "dino/usage is 1.9: all images go to a few prototypes; targets are not centred"),
     ("even targets", {"dino/entropy": 0.999}, "the teacher's temperature is too high"),
@@ -22,7 +28,7 @@ SIGNS = [
 
 @pytest.mark.parametrize("name, sign, words", SIGNS)
 def test_a_sign_that_lasts_names_its_cause(name: str, sign: dict, words: str) -> None:
-    well = ALONE if "loss" in sign else WELL
+    well = ALONE if "dino/loss" in sign else WELL
     rows = [well, well, well | sign]
     assert alarm(rows) is None
     found, said = alarm([*rows, well | sign])
@@ -31,14 +37,25 @@ def test_a_sign_that_lasts_names_its_cause(name: str, sign: dict, words: str) ->
 
 
 def test_a_loss_may_rise_where_a_teacher_sharpens_its_targets() -> None:
-    assert alarm([WELL, *3 * [WELL | {"loss": 9.1}]]) is None
+    assert alarm([WELL, *3 * [WELL | {"dino/loss": 9.1}]]) is None
+    waiting = {key: value for key, value in WELL.items() if key != "teacher_distance"}
+    assert alarm([waiting, *3 * [waiting | {"dino/loss": 9.1}]]) is None
+
+
+def test_a_weight_that_grows_is_no_divergence() -> None:
+    assert alarm([ALONE | {"loss": 0.1}, *3 * [ALONE | {"loss": 3.0}]]) is None
+
+
+def test_few_images_that_choose_a_prototype_each_have_not_collapsed() -> None:
+    rows = [WELL | {"dino/usage": 900.0}, *3 * [WELL | {"dino/usage": 8.0}]]
+    assert alarm(rows, met=8) is None and alarm(rows, met=512)[0] == "one prototype"
 
 
 def test_health_is_silent() -> None:
-    better = {"loss": 2.0, "std": 0.9, "rankme": 60.0, "weights": 25.0, "teacher_distance": 0.2, "dino/entropy": 0.1}
+    better = {"dino/loss": 2.0, "std": 0.9, "rankme": 60.0, "weights": 25.0, "teacher_distance": 0.2, "dino/entropy": 0.1}
     assert alarm([WELL]) is None
     assert alarm([WELL, *3 * [WELL | better]]) is None
-    assert alarm([WELL, *3 * [{key: WELL[key] for key in ("loss", "std", "rankme", "weights")}]]) is None
+    assert alarm([WELL, *3 * [{key: WELL[key] for key in ("dino/loss", "std", "rankme", "weights")}]]) is None
 
 
 def test_a_network_that_begins_with_one_direction_is_no_collapse() -> None:
@@ -48,8 +65,8 @@ def test_a_network_that_begins_with_one_direction_is_no_collapse() -> None:
 
 
 def test_a_negative_loss_may_fall() -> None:
-    assert alarm([ALONE | {"loss": -1.0}, *3 * [ALONE | {"loss": -1.9}]]) is None
-    assert alarm([ALONE | {"loss": -1.0}, *3 * [ALONE | {"loss": -0.4}]])[0] == "divergence"
+    assert alarm([ALONE | {"dino/loss": -1.0}, *3 * [ALONE | {"dino/loss": -1.9}]]) is None
+    assert alarm([ALONE | {"dino/loss": -1.0}, *3 * [ALONE | {"dino/loss": -0.4}]])[0] == "divergence"
 
 
 def test_numbers_that_are_none_raise_no_alarm() -> None:

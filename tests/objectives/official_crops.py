@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vitssl.models.encoder import Encoder, EncoderSpec
+from vitssl.models.encoder import Encoder
 from vitssl.models.prototypes import PrototypeHead
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.objectives import create
 from vitssl.objectives.base import Objective

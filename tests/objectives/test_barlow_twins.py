@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vitssl import dist
 from vitssl.losses.statistics import cross_correlation
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.norms import BatchNorm
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.barlow_twins import BarlowTwins
 from vitssl.schedule import Clock
 

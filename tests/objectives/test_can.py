@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitssl.errors import ConfigError
 from vitssl.losses.pixels import patchify
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.base import Nets
 from vitssl.objectives.mixture import Mixture

@@ -7,7 +7,7 @@ from contract import CLOCK, batch, build
 from torch import nn
 
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.cmae import shifted
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitssl import dist
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.dino import DINO, TemperatureConfig
 from vitssl.schedule import Clock
@@ -196,7 +196,7 @@ def test_views_differ_as_the_official_ones():
             {"centre_momentum": 0.5, "centring": "sinkhorn"},
             "objectives.dino.centre_momentum=0.5 would change nothing: centring",
         ),
-        ({"crops": {"local_size": 10}}, "objectives.dino.crops.local_size: small crops of 10x10 is not divisible"),
+        ({"crops": {"local_size": 10}}, "objectives.dino.crops.local_size: images of 10x10 is not divisible"),
         ({"teacher_temperature": {"warmup": "30ep"}}, "does not know how long an epoch is; write a share of the run"),
         ({"crops": {"num_local": -1}}, "objectives.dino.crops.num_local"),
     ],
@@ -207,13 +207,22 @@ def test_settings_that_cannot_work_are_refused(settings: dict, message: str):
 
 
 def test_an_encoder_without_a_class_token_is_refused():
-    with pytest.raises(ConfigError, match="needs a class token"):
+    with pytest.raises(ConfigError, match=r"dino is about the class token, .* has none; set encoder.class_token=true"):
         create("dino", {}, EncoderSpec(16, 2, 2, (4, 4), (4, 4), 0, class_token=False))
 
 
 def test_groups_that_do_not_divide_a_batch_are_refused():
     objective = of_logits("dino", 6, {"koleo": 0.1, "koleo_group": 4})
-    rows, tokens = torch.randn(6, 3, 6).double(), torch.randn(6, 2, 16).double()
+    objective.check_batch(8)
     with pytest.raises(ConfigError, match="koleo_group=4 does not divide a batch of 6 images"):
-        objective.compare({"crops": rows, "tokens": tokens}, {"teacher": rows[:, :2]}, START)
+        objective.check_batch(6)
+    rows, tokens = torch.randn(6, 3, 6).double(), torch.randn(6, 2, 16).double()
     objective.eval().compare({"crops": rows, "tokens": tokens}, {"teacher": rows[:, :2]}, START)
+
+
+def test_small_crops_that_an_encoder_does_not_serve_are_refused():
+    fixed = EncoderSpec(16, 2, 2, (4, 4), (4, 4), 1, any_size=False)
+    with pytest.raises(ConfigError, match=r"crops.local_size: images of 8x8, and this Beit's .* are laid out for 16x16 alone"):
+        create("dino", {"crops": {"local_size": 8}}, fixed)
+    create("dino", {"crops": {"local_size": 16}}, fixed)
+    create("dino", {"crops": {"num_local": 0}}, fixed)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from contract import CLOCK, batch, build, teacher_of
 
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.distill import regrid
 from vitssl.train.optim import group_parameters
@@ -101,7 +101,7 @@ def test_nobody_trains_counts_or_saves_the_teacher():
             replace(SPEC, channels=1),
             "name=tokens: looks at 3 channels, and encoder.channels=1",
         ),
-        (TOKENS, replace(SPEC, prefix=0, class_token=False), "pooling=class needs a class token"),
+        (TOKENS, replace(SPEC, prefix=0, class_token=False), "objectives.distill.pooling=class needs a class token"),
     ],
 )
 def test_what_cannot_be_taught_is_refused(settings: dict, spec: EncoderSpec, message: str):

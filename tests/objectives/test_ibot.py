@@ -11,7 +11,7 @@ from vitssl import dist
 from vitssl.draws import uniform
 from vitssl.errors import ConfigError
 from vitssl.interop.official import import_official
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.views import purpose
 

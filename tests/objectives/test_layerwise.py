@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from vitssl.models.encoder import Encoder, EncoderSpec
+from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Objective
 from vitssl.objectives.classify import Classify
 from vitssl.objectives.layerwise import layer_decay_rules

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitssl.errors import ConfigError
 from vitssl.losses.agreement import squared_distance
 from vitssl.losses.statistics import sigreg
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.lejepa import LeJEPA, random_directions
 from vitssl.schedule import Clock
@@ -108,7 +108,7 @@ def test_views_are_two_large_and_six_small():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"crops": {"local_size": 10}}, r"objectives\.lejepa\.crops\.local_size: small crops of 10x10 is not divisible"),
+        ({"crops": {"local_size": 10}}, r"objectives\.lejepa\.crops\.local_size: images of 10x10 is not divisible"),
         ({"knots": 1}, r"objectives\.lejepa\.knots.*greater than or equal to 2"),
         ({"normality": 1.5}, r"objectives\.lejepa\.normality.*less than or equal to 1"),
     ],

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import Encoder, EncoderSpec
+from vitssl.models.encoder import Encoder
 from vitssl.models.predictor import Decoder
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.base import Nets
 from vitssl.objectives.mae import MAE

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pretrain.run import plain_mae
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import EncoderSpec, Tokens
+from vitssl.models.encoder import Tokens
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.base import Nets
 

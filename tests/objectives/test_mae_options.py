@@ -7,7 +7,7 @@ from contract import CLOCK, batch, build
 from vitssl.errors import ConfigError
 from vitssl.losses.pixels import patchify
 from vitssl.masks.random import in_blocks
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.objectives.base import Nets
 

@@ -9,7 +9,7 @@ from contract import CLOCK, batch, build
 from torch import Tensor, nn
 
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives import create
 from vitssl.train.optim import group_parameters
 
@@ -111,7 +111,7 @@ def test_views_are_two_large_and_ten_small_and_prototypes_do_not_decay():
     [
         ({"mask_ratio": 0.95}, r"objectives\.msn\.mask_ratio=0.95 keeps none of 16 patches; keep one with at most 0.9375"),
         ({"mask_ratio": 0}, r"objectives\.msn\.mask_ratio.*greater than 0"),
-        ({"crops": {"local_size": 10}}, r"objectives\.msn\.crops\.local_size: small crops of 10x10 is not divisible"),
+        ({"crops": {"local_size": 10}}, r"objectives\.msn\.crops\.local_size: images of 10x10 is not divisible"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str):

@@ -20,6 +20,11 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", names())
+def test_it_is_called_as_configs_call_it(name: str) -> None:
+    assert find(name).name == name
+
+
+@pytest.mark.parametrize("name", names())
 def test_a_key_given_as_it_is_changes_nothing(name: str) -> None:
     model, needed = find(name).Config, NEEDED.get(name, {})
     plain = build(model, needed, where="here").model_dump()

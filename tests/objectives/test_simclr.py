@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitssl import dist
 from vitssl.losses.contrast import nt_xent
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.simclr import SimCLR
 from vitssl.schedule import Clock
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitssl import dist
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.vicreg import VICReg
 from vitssl.schedule import Clock
 

@@ -52,6 +52,11 @@ SETTINGS = {
         ["objectives.mae.view.scale=[0.9,0.1]"],
         ["objectives.mae.view.scale=[0.9, 0.1]: is no range; write the smaller first"],
     ),
+    "an end of no momentum": (["teacher.final=0.5"], ["teacher.final=0.5: is of a momentum that is not given"]),
+    "groups that do not divide": (
+        ["objectives.mae=null", "objectives.dino={koleo: 0.1, koleo_group: 3, crops: {num_local: 0}}", "--plan"],
+        ["objectives.dino.koleo_group=3 does not divide a batch of 8 images"],
+    ),
     "no class token to pool": (["encoder.class_token=false", "pooling=class"], ["pooling=class needs a class token"]),
     "an argument that timm does not know": (["encoder.arguments.norm_layer=foo"], ["timm cannot build it", "'foo'"]),
     "a probe that looks at patches": (["probe.protocols=[attentive]"], ["attentive is none of knn, fewshot, ridge"]),

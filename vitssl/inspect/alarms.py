@@ -7,25 +7,25 @@ that follow each other, so an alarm comes at most two measurements after the fir
 from collections.abc import Callable, Mapping, Sequence
 
 Row = Mapping[str, float]
-Rule = Callable[[Sequence[Row]], str | None]
+Rule = Callable[[Sequence[Row], int], str | None]
 
 LASTING = 2  # rows that a sign must stand in
 ONE = 1.5  # prototypes: fewer, and all images are one
-FEW_USED = 0.05  # of the prototypes that were used at the beginning
+FEW_USED = 0.05  # of the prototypes that were used at the beginning, or of the images that meet, if they are fewer
 EVEN = 0.995  # of the entropy of even targets: above it targets say nothing
 FLAT = 0.15  # of the widest that the spread of features was
 FEW = 0.3  # of the most that RankMe was
-HIGH = 1.5  # times the first loss
+HIGH = 1.5  # times an objective's first loss
 GROWN = 4.0  # times the first norm of the weights
 FAR = 1e-7  # relative distance of a teacher's weights that is none
 
 
-def alarm(rows: Sequence[Row]) -> tuple[str, str] | None:
+def alarm(rows: Sequence[Row], *, met: int) -> tuple[str, str] | None:
     """(its name, what is seen and the likely cause): the first alarm that the newest rows raise.
 
-    ``rows`` in the order of their steps.
+    ``rows`` in the order of their steps; ``met``: how many images meet in a loss of one process, which choose prototypes.
     """
-    return next(((name, said) for name, rule in RULES.items() if (said := rule(rows))), None)
+    return next(((name, said) for name, rule in RULES.items() if (said := rule(rows, met))), None)
 
 
 def _lasting(rows: Sequence[Row], sign: Callable[[Row], bool]) -> bool:
@@ -37,30 +37,32 @@ def _keys(rows: Sequence[Row], ending: str) -> list[str]:
     return [key for key in rows[-1] if key.rpartition("/")[2] == ending]
 
 
-def _aliased(rows: Sequence[Row]) -> str | None:
+def _aliased(rows: Sequence[Row], met: int) -> str | None:
     """A teacher that is the student learns nothing from being asked."""
     if _lasting(rows, lambda row: row.get("teacher_distance", 1.0) < FAR):
         return "the teacher's weights are the student's: the teacher is an alias, or teacher.momentum is 0"
     return None
 
 
-def _rising(rows: Sequence[Row]) -> str | None:
-    """Weights that have exploded, or a loss above where it began."""
+def _rising(rows: Sequence[Row], met: int) -> str | None:
+    """Weights that have exploded, or an objective's loss, before its weight, above where it began."""
     first = rows[0]
     if _lasting(rows, lambda row: row["weights"] > GROWN * first["weights"]):
         grown = rows[-1]["weights"] / first["weights"]
         return f"the encoder's weights have grown to {grown:.1f} times their norm: the learning rate is too high"
-    if "teacher_distance" in rows[-1]:
+    if "teacher_agreement" in rows[-1]:
         return None  # targets change with a teacher, so the loss may well rise
-    begun = next((row["loss"] for row in rows if "loss" in row), 0.0)  # there is none before the first step
-    if _lasting(rows, lambda row: row.get("loss", begun) > begun + (HIGH - 1) * abs(begun)):
-        return f"the loss is {rows[-1]['loss']:.4g} and was {begun:.4g} at first: the learning rate is too high"
+    for key in _keys(rows, "loss"):
+        begun = next(row[key] for row in rows if key in row)  # there is none before the first step
+        above = begun + (HIGH - 1) * abs(begun)
+        if "/" in key and _lasting(rows, lambda row, key=key, begun=begun, above=above: row.get(key, begun) > above):
+            return f"{key} is {rows[-1][key]:.4g} and was {begun:.4g} at first: the learning rate is too high"
     return None
 
 
-def _one_prototype(rows: Sequence[Row]) -> str | None:
+def _one_prototype(rows: Sequence[Row], met: int) -> str | None:
     for key in _keys(rows, "usage"):
-        begun = next(row[key] for row in rows if key in row)
+        begun = min(met, next(row[key] for row in rows if key in row))  # images that have made up their minds use one each
         if _lasting(rows, lambda row, key=key, begun=begun: row.get(key, begun) < max(ONE, FEW_USED * begun)):
             return (
                 f"{key} is {rows[-1][key]:.3g}: all images go to a few prototypes; targets are not centred, or the centre's"
@@ -69,7 +71,7 @@ def _one_prototype(rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _even_targets(rows: Sequence[Row]) -> str | None:
+def _even_targets(rows: Sequence[Row], met: int) -> str | None:
     for key in _keys(rows, "entropy"):
         if _lasting(rows, lambda row, key=key: row.get(key, 0.0) > EVEN):
             return (
@@ -78,7 +80,7 @@ def _even_targets(rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _collapsed(rows: Sequence[Row]) -> str | None:
+def _collapsed(rows: Sequence[Row], met: int) -> str | None:
     most = {key: max(row[key] for row in rows) for key in ("std", "rankme")}  # a LayerScale of 1e-5 begins near none
     flat = _lasting(rows, lambda row: row["std"] < FLAT * most["std"])
     few = _lasting(rows, lambda row: row["rankme"] < FEW * most["rankme"])

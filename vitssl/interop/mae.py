@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vitssl.errors import CheckpointError
 from vitssl.interop.names import BLOCK, Layout, State, foreign
-from vitssl.models.encoder import Encoder, EncoderSpec
+from vitssl.models.encoder import Encoder
 from vitssl.models.predictor import Decoder
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.state import require_fit
 
 _OUTSIDE = {

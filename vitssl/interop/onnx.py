@@ -21,7 +21,8 @@ from vitssl.interop.folder import new_folder
 from vitssl.interop.ours import Classifier, classifier_of, encoder_of
 from vitssl.interop.parity import require_parity, trial_images
 from vitssl.models.adapters.timm_vit import fuse_attention
-from vitssl.models.encoder import Encoder, Pooling
+from vitssl.models.encoder import Encoder
+from vitssl.models.spec import Pooling
 
 try:
     import onnxruntime

@@ -18,7 +18,7 @@ def variance_hinge(rows: Tensor, *, eps: float = 1e-4) -> Tensor:
 
     The deviation is sqrt(unbiased variance + eps). VICReg (Bardes et al. 2022, equations 1 and 2).
     """
-    return torch.relu(1 - torch.sqrt(rows.var(dim=0) + eps)).mean()
+    return torch.relu(1 - torch.sqrt(_variance(rows) + eps)).mean()
 
 
 @full_precision
@@ -28,8 +28,8 @@ def covariance_penalty(rows: Tensor) -> Tensor:
     VICReg (Bardes et al. 2022, equations 3 and 4).
     """
     centred = rows - rows.mean(dim=0)
-    squares = _sum_of_squares(centred, centred) / (len(rows) - 1) ** 2
-    return (squares - rows.var(dim=0).square().sum()) / rows.shape[1]
+    squares = _sum_of_squares(centred, centred) / max(1, len(rows) - 1) ** 2
+    return (squares - _variance(rows).square().sum()) / rows.shape[1]
 
 
 @full_precision
@@ -71,6 +71,11 @@ def sigreg(
     normal = torch.exp(-torch.linspace(0, reach, knots, dtype=views.dtype, device=views.device).square() / 2)[:, None, None]
     error = (real - normal).square() + imaginary.square()
     return 2 * count * torch.trapezoid(error * normal, dx=reach / (knots - 1), dim=0)
+
+
+def _variance(rows: Tensor) -> Tensor:
+    """[D]: unbiased, and 0 of a single row, which an evaluation may come down to."""
+    return (rows - rows.mean(dim=0)).square().sum(dim=0) / max(1, len(rows) - 1)
 
 
 def _wave(projected: Tensor, t: float) -> Tensor:

@@ -10,9 +10,10 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from vitssl.models.adapters.timm_vit import run_blocks
-from vitssl.models.encoder import EncoderSpec, Tokens
+from vitssl.models.encoder import Tokens
 from vitssl.models.init import init_as_mae
 from vitssl.models.predictor import NORM, Decoder
+from vitssl.models.spec import EncoderSpec
 
 
 class CrossBlock(nn.Module):

@@ -18,57 +18,11 @@ from vitssl.models.adapters.build import build
 from vitssl.models.adapters.timm_vit import TimmViT, compile_in_place, drop_evenly
 from vitssl.models.init import init_as_mae, init_as_moco_v3
 from vitssl.models.positions import FIRST, Grid, ResampleRule, check_size, sincos_2d
+from vitssl.models.spec import EncoderSpec, Pooling
 from vitssl.models.state import require_fit
 from vitssl.models.stems import TokensToToken
 
-Pooling = Literal["mean", "class"]
 _INITS = {"mae": init_as_mae, "moco_v3": init_as_moco_v3}
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """What others need to know of an encoder to fit their own modules and views to it."""
-
-    dim: int
-    depth: int
-    heads: int
-    patch: Grid  # pixels: height, width
-    grid: Grid  # patches: rows, columns
-    prefix: int  # class token and registers
-    channels: int = 3
-    class_token: bool = True  # whether the first prefix token is one
-    drops: bool = True  # whether patches can be left out (``keep``)
-    overlaps: bool = False  # whether the stem mixes the pixels of neighbouring patches
-
-    def refuse_masks(self, what: str) -> None:
-        """Raise ConfigError, beginning with ``what``, for an encoder in which masked patches show through."""
-        if self.overlaps:
-            raise ConfigError(
-                f"{what} masks patches, and this encoder's stem has mixed the pixels of neighbouring ones before: its receptive"
-                " field leaks what is masked; take plain patches, or objectives that do not mask"
-            )
-
-    def refuse_drops(self, what: str) -> None:
-        """Raise ConfigError, beginning with ``what``, for an encoder whose patches cannot be left out."""
-        if not self.drops:
-            raise ConfigError(
-                f"{what} leaves patches out, and a Beit's relative positions are laid out for all of them; take a"
-                " VisionTransformer or Eva as encoder.name"
-            )
-
-    def refuse_pooling(self, pooling: Pooling) -> None:
-        """Raise ConfigError for the class token of an encoder that has none."""
-        if pooling == "class" and not self.class_token:
-            raise ConfigError("pooling=class needs a class token and this encoder has none; use pooling=mean")
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def image_size(self) -> Grid:
-        """Height, width in pixels."""
-        return self.grid[0] * self.patch[0], self.grid[1] * self.patch[1]
 
 
 @dataclass(frozen=True)
@@ -157,6 +111,7 @@ class Encoder(nn.Module):
             channels=channels,
             class_token=vit.cls_token is not None,
             drops=vit.drops,
+            any_size=vit.any_size,
             overlaps=vit.overlaps,
         )
         encoder = cls(vit, spec, architecture=name, arguments=told, positions=positions)

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitssl.models.encoder import Pooling, Tokens
+from vitssl.models.encoder import Tokens
+from vitssl.models.spec import Pooling
 
 
 class ClassificationHead(nn.Module):

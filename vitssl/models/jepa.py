@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vitssl.errors import ConfigError
 from vitssl.models.adapters.timm_vit import compile_in_place, run_blocks
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.init import init_as_jepa
 from vitssl.models.positions import sincos_2d
+from vitssl.models.spec import EncoderSpec
 
 
 class Predictor(nn.Module):

@@ -5,8 +5,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vitssl.losses.pixels import masked_mse, normalize_patches, patchify
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.positions import sincos_2d
+from vitssl.models.spec import EncoderSpec
 
 
 class PlainMAE(nn.Module):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from vitssl.errors import ConfigError
 from vitssl.models.adapters.timm_vit import compile_in_place, run_blocks
-from vitssl.models.encoder import EncoderSpec, Tokens
+from vitssl.models.encoder import Tokens
 from vitssl.models.init import init_as_mae
 from vitssl.models.positions import sincos_2d
+from vitssl.models.spec import EncoderSpec
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 

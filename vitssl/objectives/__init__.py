@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vitssl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vitssl.models.encoder import EncoderSpec
+    from vitssl.models.spec import EncoderSpec
     from vitssl.models.teacher import Teacher
     from vitssl.objectives.base import Objective
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from vitssl.config import Count
 from vitssl.losses.statistics import cross_correlation
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.pairs import PairObjective
 from vitssl.schedule import Clock
 from vitssl.sections import Strength

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vitssl import dist
 from vitssl.config import Section, Time
-from vitssl.models.encoder import Encoder, EncoderSpec
+from vitssl.models.encoder import Encoder
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.plan import Stack
 from vitssl.schedule import Clock, Duration, Schedule
@@ -81,11 +82,16 @@ class Objective(nn.Module):
 
         weight: Annotated[WeightConfig, BeforeValidator(_peak)] = WeightConfig()
 
+    name: ClassVar[str]  # by which a config asks for it: that of its file
     momentum: ClassVar[Schedule | None] = None
     taught: ClassVar[bool] = False
     judges_teacher: ClassVar[bool] = False  # whether its paper probes and publishes the teacher
     hides: ClassVar[bool] = False
     couples_samples: bool = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.name = cls.__module__.rpartition(".")[2]
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__()
@@ -95,6 +101,9 @@ class Objective(nn.Module):
     def weight(self, clock: Clock) -> float:
         """What multiplies its loss; in evaluation the peak, so that a run's losses on the same images can be compared."""
         return self.config.weight.at(clock) if self.training else self.config.weight.peak
+
+    def check_batch(self, num: int) -> None:
+        """Raise ConfigError where ``num`` images, the global batch, cannot meet in its loss."""
 
     def views(self) -> dict[str, View]:
         """The views it wants, by the names under which ``forward`` receives them. Equal views of objectives are one tensor."""

@@ -22,9 +22,10 @@ from vitssl.draws import normal
 from vitssl.errors import ConfigError
 from vitssl.losses.contrast import nt_xent
 from vitssl.losses.pixels import masked_mse, unpatchify
-from vitssl.models.encoder import EncoderSpec, Tokens
+from vitssl.models.encoder import Tokens
 from vitssl.models.mlp import mlp
 from vitssl.models.positions import waves
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets
 from vitssl.objectives.mae import CROP, MAE
 from vitssl.objectives.pairs import HALF
@@ -54,7 +55,6 @@ class CAN(MAE):
         layers: Count = Field(2, description="of the projector")
         norm: bool = Field(False, description="BatchNorm after the projector's hidden layers")
 
-    name = "can"
     couples_samples = True
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:

@@ -15,8 +15,9 @@ from vitssl.dist import rank
 from vitssl.draws import fold
 from vitssl.errors import ConfigError, DataError
 from vitssl.losses.classes import binary_cross_entropy
-from vitssl.models.encoder import Encoder, Pooling
+from vitssl.models.encoder import Encoder
 from vitssl.models.heads import ClassificationHead
+from vitssl.models.spec import Pooling
 from vitssl.models.twin import Twin
 from vitssl.objectives.layerwise import layer_decay_rules
 from vitssl.plan import Stack

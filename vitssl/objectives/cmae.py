@@ -13,10 +13,10 @@ from torch import Tensor
 from vitssl.config import Count
 from vitssl.losses.contrast import info_nce
 from vitssl.losses.pixels import masked_mse
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
 from vitssl.models.positions import check_size
 from vitssl.models.predictor import Decoder
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.objectives.base import Nets
 from vitssl.objectives.mae import MAE, Reconstruction
@@ -47,7 +47,6 @@ class CMAE(MAE):
         hidden: Count = Field(1536, description="width of the hidden layers of projector and predictor")
         out: Count = Field(256, description="width of queries and keys")
 
-    name = "cmae"
     momentum = Schedule(0.996, final=0.996, shape="constant")
     couples_samples = True
 

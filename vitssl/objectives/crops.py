@@ -8,8 +8,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from vitssl.config import Section
-from vitssl.models.encoder import EncoderSpec
-from vitssl.models.positions import check_size
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.pairs import COLOURS, SECOND, CropConfig
 from vitssl.plan import Stack
 from vitssl.sections import Area, Fraction, PhotometricConfig, Size
@@ -57,7 +56,9 @@ class MultiCropConfig(Section):
 
     def stacks(self, spec: EncoderSpec, *, where: str) -> list[Stack]:
         """What all crops of a sample pass through. Raises ConfigError for a size that patches do not divide."""
-        rows, columns = check_size(self._size, spec.patch, f"{where}.local_size: small crops of")
+        if self.num_local:
+            spec.refuse_size(self._size, f"{where}.local_size:")
+        rows, columns = (side // patch for side, patch in zip(self._size, spec.patch))
         tokens = [spec.num_patches] * len(LARGE) + [rows * columns] * self.num_local
         return [Stack(spec.prefix + each, spec.dim, spec.depth, spec.heads) for each in tokens]
 

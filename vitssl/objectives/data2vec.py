@@ -15,7 +15,7 @@ from vitssl.config import Count
 from vitssl.errors import ConfigError
 from vitssl.losses.regression import smooth_l1
 from vitssl.masks.blocks import block_masks, block_noise
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.single import SingleConfig
 from vitssl.schedule import Clock, Schedule

@@ -6,7 +6,7 @@ The surprising decision: nothing but a sharp and centred teacher keeps it from c
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field, NonNegativeFloat
@@ -15,8 +15,9 @@ from torch import Tensor
 from vitssl.config import Count, Section, Time
 from vitssl.errors import ConfigError
 from vitssl.losses.clusters import koleo, pair_cross_entropy, sinkhorn_centre
-from vitssl.models.encoder import EncoderSpec, Tokens
+from vitssl.models.encoder import Tokens
 from vitssl.models.prototypes import Centre, PrototypeHead
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.crops import LARGE, MultiCropConfig, by_sample, joined
@@ -81,13 +82,12 @@ class DINO(Objective):
         koleo_group: int | None = Field(None, ge=2, description="images that look at each other; null: the whole batch")
         crops: MultiCropConfig = MultiCropConfig()
 
-    name: ClassVar[str] = "dino"
     momentum = Schedule(0.996, final=1.0)
     judges_teacher = True
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        spec.refuse_pooling("class")
+        spec.require_class_token(f"objectives.{self.name}")
         self.crops = config.crops.views(spec)
         self._stacks = config.crops.stacks(spec, where=f"objectives.{self.name}.crops")
         self.couples_samples = config.centring == "sinkhorn" or config.koleo > 0
@@ -127,6 +127,12 @@ class DINO(Objective):
         for part in self.modules():
             if isinstance(part, Centre):
                 part.follow()
+
+    def check_batch(self, num: int) -> None:
+        if (group := self.config.koleo_group) and num % group:
+            raise ConfigError(
+                f"objectives.{self.name}.koleo_group={group} does not divide a batch of {num} images; take a divisor"
+            )
 
     def stacks(self) -> list[Stack]:
         return self._stacks
@@ -174,8 +180,4 @@ class DINO(Objective):
         """KoLeo of [B, 2, D] class tokens before the head, each crop by itself, summed (DINOv2's official code)."""
         own, group = self.own_rows(tokens), self.config.koleo_group
         everybody = self.all_rows(tokens)
-        if self.training and group and len(everybody) % group:
-            raise ConfigError(
-                f"objectives.{self.name}.koleo_group={group} does not divide a batch of {len(everybody)} images; take a divisor"
-            )
         return sum(koleo(tokens[:, crop], everybody[:, crop], own, group=group) for crop in range(tokens.shape[1]))

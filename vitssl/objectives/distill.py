@@ -17,8 +17,9 @@ from vitssl.config import Section
 from vitssl.errors import ConfigError
 from vitssl.losses.classes import distillation
 from vitssl.losses.tokens import token_distance
-from vitssl.models.encoder import EncoderSpec, Pooling, Tokens
+from vitssl.models.encoder import Tokens
 from vitssl.models.positions import Grid
+from vitssl.models.spec import EncoderSpec, Pooling
 from vitssl.models.teacher import Aside, Teacher
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.single import SingleConfig
@@ -62,7 +63,7 @@ class Distill(Objective):
                 f" encoder.channels={spec.channels}"
             )
         if config.target != "patches":
-            spec.refuse_pooling(config.pooling)
+            spec.refuse_pooling(config.pooling, "objectives.distill.pooling")
         self.teacher = Aside(teacher)
         names = ["class", "patches"] if config.target == "tokens" else [config.target]
         width = teacher.num_classes if config.target == "labels" else teacher.network.spec.dim

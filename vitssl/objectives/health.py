@@ -13,23 +13,34 @@ from torch import Tensor, nn
 from vitssl.models.encoder import Encoder
 from vitssl.models.twin import Twin
 
-ATTENDED = 16  # images whose attention is computed again
+ATTENDED = 16  # of a batch's images: theirs is the attention that is computed again
+Outputs = tuple[Tensor | list[Tensor], list[Tensor]]
 
 
 @contextmanager
 def tokens_of(encoder: Encoder) -> Iterator[list[Tensor]]:
-    """The tokens that an encoder hands out inside, still tied to what is made of them."""
+    """The tokens that an encoder hands out inside. It keeps nothing for a backward pass: gradients end at its tokens."""
     found: list[Tensor] = []
 
-    def keep(module: nn.Module, given: tuple, out: tuple[Tensor | list[Tensor], list[Tensor]]) -> None:
-        tokens, blocks = out  # after the norm, of one size or of several, and before it
-        found.extend(each for each in (*([tokens] if isinstance(tokens, Tensor) else tokens), *blocks) if each.requires_grad)
+    def leaf(tokens: Tensor) -> Tensor:
+        found.append(tokens.detach().requires_grad_())
+        return found[-1]
 
-    hook = encoder.vit.register_forward_hook(keep)
+    def begin(module: nn.Module, given: tuple) -> None:
+        torch.set_grad_enabled(False)
+
+    def keep(module: nn.Module, given: tuple, out: Outputs) -> Outputs:
+        torch.set_grad_enabled(True)
+        tokens, blocks = out  # after the norm, of one size or of several, and before it
+        return leaf(tokens) if isinstance(tokens, Tensor) else [*map(leaf, tokens)], [*map(leaf, blocks)]
+
+    hooks = encoder.vit.register_forward_pre_hook(begin), encoder.vit.register_forward_hook(keep)
     try:
-        yield found
+        with torch.enable_grad():
+            yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def gradient_norm(loss: Tensor, tokens: list[Tensor]) -> Tensor:
@@ -57,9 +68,9 @@ def beside_teacher(encoder: Encoder, teacher: Twin | None, images: Tensor) -> di
     if teacher is None:
         return {}
     own, other = (network(images).patches.float() for network in (encoder, teacher))
-    student = torch.cat([p.detach().flatten().float() for p in encoder.parameters()])
-    average = torch.cat([p.flatten().float() for p in teacher.average.parameters()])
+    pairs = list(zip(encoder.parameters(), teacher.average.parameters(), strict=True))
+    apart = torch.stack([(p.float() - q.float()).norm() for p, q in pairs]).norm()  # one at a time: encoders are large
     return {
         "teacher_agreement": torch.cosine_similarity(own, other, dim=-1).mean(),
-        "teacher_distance": (student - average).norm() / average.norm(),
+        "teacher_distance": apart / torch.stack([q.float().norm() for _, q in pairs]).norm(),
     }

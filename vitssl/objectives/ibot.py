@@ -17,7 +17,7 @@ from vitssl.errors import ConfigError
 from vitssl.losses.clusters import row_cross_entropy
 from vitssl.masks.blocks import block_masks, block_noise
 from vitssl.masks.random import random_mask
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.objectives.base import Nets
 from vitssl.objectives.crops import LARGE, MultiCropConfig, by_sample, joined
@@ -61,8 +61,6 @@ class IBOT(DINO):
         centred_on: Literal["all", "masked"] | None = Field(None, description="patches of the mean (DINOv2: masked); null: all")
         masks: MaskConfig = MaskConfig()
         crops: CropsConfig = CropsConfig()
-
-    name = "ibot"
 
     hides = True
 

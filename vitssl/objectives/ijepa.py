@@ -21,8 +21,8 @@ from vitssl.draws import fold, uniform
 from vitssl.errors import ConfigError
 from vitssl.losses.regression import smooth_l1
 from vitssl.masks.multiblock import block_size, cut, multiblock
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.jepa import Predictor
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.single import SingleConfig
 from vitssl.plan import Stack

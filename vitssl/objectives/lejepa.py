@@ -14,8 +14,8 @@ from vitssl.config import Count
 from vitssl.draws import fold, uniform
 from vitssl.losses.agreement import squared_distance
 from vitssl.losses.statistics import sigreg
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.crops import LARGE, MultiCropConfig
 from vitssl.plan import Stack
@@ -47,7 +47,7 @@ class LeJEPA(Objective):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        spec.refuse_pooling(config.pooling)
+        spec.refuse_pooling(config.pooling, "objectives.lejepa.pooling")
         self._stacks = config.crops.stacks(spec, where="objectives.lejepa.crops")
         self.projector = mlp([spec.dim, config.hidden, config.hidden, config.out])
 

@@ -3,7 +3,7 @@
 The surprising decision: the encoder never sees a mask token, only the kept quarter of the patches, in the order of their noise.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -14,8 +14,9 @@ from vitssl.errors import ConfigError
 from vitssl.losses.pixels import masked_mse, normalize_patches, patchify, unpatchify
 from vitssl.masks.random import in_blocks, num_kept, random_keep
 from vitssl.models.cross import CrossDecoder
-from vitssl.models.encoder import EncoderSpec, Tokens
+from vitssl.models.encoder import Tokens
 from vitssl.models.predictor import Decoder
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.single import SingleConfig
 from vitssl.plan import Stack
@@ -82,8 +83,6 @@ class MAE(Objective):
         norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and deviation")
         decoder: DecoderConfig = DecoderConfig()
         view: SingleConfig = CROP
-
-    name: ClassVar[str] = "mae"
 
     hides = True
 

@@ -11,7 +11,8 @@ from vitssl import dist
 from vitssl.data.augment import Normalize, seen
 from vitssl.draws import uniform
 from vitssl.errors import ConfigError
-from vitssl.models.encoder import Encoder, Pooling
+from vitssl.models.encoder import Encoder
+from vitssl.models.spec import Pooling
 from vitssl.models.twin import Twin
 from vitssl.objectives import health
 from vitssl.objectives.base import Nets, Objective
@@ -141,10 +142,11 @@ class Mixture(Task):
     def _health(self, batch: Batch, clock: Clock, given: Embeddings | None) -> tuple[Tensor, dict[str, Tensor]]:
         found = {}
         for name, objective, views in self._shown(batch, clock):
-            with health.tokens_of(self.encoder) as tokens, torch.enable_grad():
+            with health.tokens_of(self.encoder) as tokens:
                 loss, _ = objective(self._nets, views, clock, self.draw(name, batch, clock))
                 found[f"{name}/token_gradient"] = health.gradient_norm(loss, tokens)
-        images = seen(batch, max(self.views, key=lambda view: view.size), self.normalize, seed=clock.seed)
+        largest = max(self.views, key=lambda view: (view.size, repr(view)))  # a set has no order of its own
+        images = seen(batch, largest, self.normalize, seed=clock.seed)
         found |= health.attention_entropy(self.encoder, images[: health.ATTENDED])
         return torch.zeros(()), found | health.beside_teacher(self.encoder, self.teacher, images)
 
@@ -171,6 +173,10 @@ class Mixture(Task):
                     columns = objective.reconstruct(self._nets, images, self.draw(name, batch, clock))
                 return self.normalize.restore(torch.stack(columns, dim=1))
         return None
+
+    def check_batch(self, num: int) -> None:
+        for objective in self.objectives.values():
+            objective.check_batch(num)
 
     def stacks(self) -> list[Stack]:
         return [stack for objective in self.objectives.values() for stack in objective.stacks()]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vitssl.config import Count
 from vitssl.losses.contrast import info_nce
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.objectives.pairs import PairObjective
 from vitssl.schedule import Clock, Schedule

@@ -14,8 +14,8 @@ from torch import Tensor
 from vitssl.config import Count
 from vitssl.losses.clusters import mean_entropy, pair_cross_entropy, sinkhorn_centre
 from vitssl.masks.random import num_kept, random_keep
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.prototypes import PrototypeHead, on_sphere
+from vitssl.models.spec import EncoderSpec
 from vitssl.models.twin import Twin
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.crops import MultiCropConfig, by_sample, joined
@@ -65,7 +65,7 @@ class MSN(Objective):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        spec.refuse_pooling("class")
+        spec.require_class_token(f"objectives.{self.name}")
         spec.refuse_drops("objectives.msn")
         self.num_keep = num_kept(spec.num_patches, config.mask_ratio, key="objectives.msn.mask_ratio")
         _, anchor, *focal = config.crops.stacks(spec, where="objectives.msn.crops")

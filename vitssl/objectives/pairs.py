@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vitssl.config import Section
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.plan import Stack
 from vitssl.sections import Area, Fraction, PhotometricConfig
@@ -60,7 +60,7 @@ class PairObjective(Objective):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        spec.refuse_pooling(config.pooling)
+        spec.refuse_pooling(config.pooling, f"objectives.{self.name}.pooling")
 
     def views(self) -> dict[str, View]:
         return self.config.pair.views(self.spec.image_size)

@@ -16,7 +16,7 @@ from vitssl.losses.colours import mean_colours
 from vitssl.losses.pixels import patchify, unpatchify
 from vitssl.losses.precision import full_precision
 from vitssl.masks.corrupt import corrupt
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.single import SingleConfig
 from vitssl.schedule import Clock

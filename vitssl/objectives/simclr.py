@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vitssl.config import Count
 from vitssl.losses.contrast import nt_xent
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.pairs import CropConfig, PairConfig, PairObjective
 from vitssl.schedule import Clock
 from vitssl.sections import PhotometricConfig, Positive

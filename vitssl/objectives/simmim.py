@@ -15,7 +15,7 @@ from vitssl.errors import ConfigError
 from vitssl.losses.pixels import patchify, unpatchify
 from vitssl.losses.regression import masked_l1
 from vitssl.masks.units import unit_masks
-from vitssl.models.encoder import EncoderSpec
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.mae import Reconstruction
 from vitssl.objectives.single import SingleConfig

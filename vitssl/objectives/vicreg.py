@@ -9,8 +9,8 @@ from torch import Tensor
 from vitssl.config import Count
 from vitssl.losses.agreement import squared_distance
 from vitssl.losses.statistics import covariance_penalty, variance_hinge
-from vitssl.models.encoder import EncoderSpec
 from vitssl.models.mlp import mlp
+from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.pairs import PairObjective
 from vitssl.schedule import Clock
 from vitssl.sections import Strength

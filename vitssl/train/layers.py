@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitssl.models.encoder import Encoder, EncoderSpec, Tokens
+from vitssl.models.encoder import Encoder, Tokens
+from vitssl.models.spec import EncoderSpec
 
 KINDS = ("class", "mean", "patches", "class_4")
 _BLOCKS = 4  # of class_4

@@ -77,6 +77,7 @@ def make_plan(
     Raises ConfigError where the config cannot be run.
     """
     _refuse_flat_partitions(config)
+    task.check_batch(config.batch_size)
     device = dist.choose_device(config.launch.device)
     precision = choose_precision(config.launch, device)
     micro_batch, accumulation = batch_split(config, task)

@@ -37,6 +37,10 @@ class TimmBeit(TimmViT):
         self.rel_pos_bias = model.rel_pos_bias
 
     @property
+    def any_size(self) -> bool:
+        return not any(name.endswith(_TABLE) for name, _ in self.named_parameters())
+
+    @property
     def any_size_in_a_graph(self) -> bool:
         return False
 
@@ -59,7 +63,7 @@ class TimmBeit(TimmViT):
                 "patches cannot be dropped from a Beit, whose relative positions are laid out for all of them; take an"
                 " objective that replaces patches by a mask token, or a VisionTransformer or Eva as encoder.name"
             )
-        if grid != self.grid and any(name.endswith(_TABLE) for name, _ in self.named_parameters()):
+        if grid != self.grid and not self.any_size:
             own, given = (tuple(side * patch for side, patch in zip(each, self.patch)) for each in (self.grid, grid))
             raise ConfigError(
                 f"an image of {given[0]}x{given[1]}, but this Beit's relative positions are for {own[0]}x{own[1]} alone; "

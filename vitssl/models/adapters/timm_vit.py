@@ -120,6 +120,11 @@ class TimmViT(nn.Module):
         return "none"
 
     @property
+    def any_size(self) -> bool:
+        """Whether images of other sizes are served than the one it was made for."""
+        return True
+
+    @property
     def any_size_in_a_graph(self) -> bool:
         """Whether a traced graph can serve images of any size, or its positions need the size to be known."""
         return self.pos_embed is None or self.pos_resample != "dino"
