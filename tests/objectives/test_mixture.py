@@ -12,6 +12,7 @@ from vitssl.errors import ConfigError
 from vitssl.models.encoder import Encoder
 from vitssl.objectives import TABLE, configure, create, find, names
 from vitssl.objectives.base import Objective
+from vitssl.objectives.health import tokens_of
 from vitssl.objectives.mixture import Mixture
 from vitssl.schedule import Clock, Schedule
 from vitssl.task import Batch, Rule
@@ -203,3 +204,17 @@ def test_one_teacher_serves_the_run_and_follows_its_schedule():
     task.restart()
     assert all(torch.equal(value, dict(task.encoder.named_parameters())[name]) for name, value in
                task.teacher.average.named_parameters())  # fmt: skip
+
+
+def test_health_keeps_nothing_of_the_encoder_for_a_backward_pass():
+    own, images = encoder(), torch.randn(2, 3, 16, 16)
+    kept = []
+    with torch.no_grad(), tokens_of(own) as tokens:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            found = [*own.together([images, images[..., :8, :8]]), own(images, last_blocks=1)]
+        assert kept == [] and torch.is_grad_enabled()
+        sum(each.patches.square().sum() for each in found).backward()
+        assert len(tokens) == 4 and all(each.is_leaf for each in tokens)
+    assert not any(parameter.grad is not None for parameter in own.parameters())
+    assert [each.grad is not None for each in tokens] == [True, True, True, False]  # nobody asked for the block
+    assert own(images).patches.requires_grad

@@ -41,6 +41,12 @@ def test_a_teacher_that_is_the_student_is_told_once_and_the_run_goes_on(pretrain
     assert run.out.count("alarm at step 4: the teacher's weights are the student's: the teacher is an alias") == 1
 
 
+def test_an_encoder_that_waits_is_no_alias(pretrain: Callable, exported, tmp_path: Path) -> None:
+    given = (f"init.weights={exported.folder}", "init.head_warmup=10", "optim.base_lr=1e-4", "health.on_alarm=stop")
+    rows = pretrain(tmp_path / "run", *WATCHED, *given).ok().rows("health.jsonl")
+    assert [row["step"] for row in rows if "teacher_distance" in row] == list(range(12, 21, 2))
+
+
 def test_a_learning_rate_of_a_hundred_times_stops_the_run(pretrain: Callable, tmp_path: Path) -> None:
     run = pretrain(tmp_path / "run", *WATCHED, "health.on_alarm=stop", "optim.base_lr=1", "optim.warmup=0")
     refused(run, "stopped at step ", "saved: ", "the learning rate is too high", "health.on_alarm=warn goes on all the same")
