@@ -47,12 +47,13 @@ def values(encoder: Encoder, packing: bool, **doors) -> tuple[list[torch.Tensor]
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
-@pytest.mark.parametrize("masked", [False, True])
-def test_one_pass_gives_what_three_give(name: str, masked: bool) -> None:
+@pytest.mark.parametrize("door", ["none", "mask", "keep"])
+def test_one_pass_gives_what_three_give(name: str, door: str) -> None:
     encoder = encoder_of((PLAIN | OTHERS)[name])
     assert encoder.vit.packs == (name in PLAIN)
-    mask = torch.rand(SIZES[0][0], encoder.spec.num_patches, generator=torch.Generator().manual_seed(2)) < 0.4
-    doors = {"mask": mask, "mask_token": torch.ones(24, dtype=torch.float64)} if masked else {}
+    noise = torch.rand(SIZES[0][0], encoder.spec.num_patches, generator=torch.Generator().manual_seed(2))
+    masked = {"mask": noise < 0.4, "mask_token": torch.ones(24, dtype=torch.float64)}
+    doors = {"none": {}, "mask": masked, "keep": {"keep": noise.argsort(dim=1)[:, :5]}}[door]
     (apart, slopes), (packed, packed_slopes) = values(encoder, False, **doors), values(encoder, True, **doors)
     assert [x.shape for x in packed] == [x.shape for x in apart] and len(packed) == len(SIZES)
     for mine, theirs in zip(packed, apart, strict=True):

@@ -72,13 +72,15 @@ def test_no_gradient_reaches_the_prototypes_through_the_targets():
 
 def test_only_the_large_anchor_is_masked_and_each_image_by_a_draw_of_its_own():
     task, seen = build("msn"), []
+
+    def see(module, images, doors):
+        seen.append(([(len(each), each.shape[-1]) for each in (*images, *doors.get("others", ()))], doors.get("keep")))
+
     for encoder in (task.encoder, task.teacher.average):
-        encoder.register_forward_pre_hook(
-            lambda _, images, options: seen.append((len(images[0]), images[0].shape[-1], options.get("keep"))), with_kwargs=True
-        )
+        encoder.vit.register_forward_pre_hook(see, with_kwargs=True)
     task.train()(batch(task), CLOCK)
-    assert [(rows, size, keep is not None) for rows, size, keep in seen] == [(16, 16, True), (32, 8, False), (16, 16, False)]
-    keep = seen[0][2]
+    (anchors, keep), (targets, whole) = seen
+    assert (anchors, targets, whole) == ([(16, 16), (32, 8)], [(16, 16)], None)
     assert keep.shape == (16, int(16 * 0.85)) and all(len(set(row)) == len(row) for row in keep.tolist())
     assert len({tuple(sorted(row)) for row in keep.tolist()}) > 8
     assert [stack.tokens for stack in task.stacks()] == [1 + 13, 1 + 4, 1 + 4]

@@ -149,11 +149,19 @@ class Encoder(nn.Module):
         return replace(self._split(x), blocks=[self._split(block) for block in blocks])
 
     def together(
-        self, batches: Sequence[Tensor], *, mask: Tensor | None = None, mask_token: Tensor | None = None
+        self,
+        batches: Sequence[Tensor],
+        *,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> list[Tokens]:
-        """Tokens of each of ``batches``, images of several sizes; ``mask`` is of the first. The numbers are those of a pass for
-        each; where the blocks are timm's plain ones and :attr:`packing` says so, they share one (:mod:`adapters.packing`)."""
-        (first, *others), doors = batches, {"mask": mask, "mask_token": mask_token}
+        """Tokens of each of ``batches``, images of several sizes; ``keep`` and ``mask`` are of the first.
+
+        The numbers are those of a pass for each; where the blocks are timm's plain ones and :attr:`packing` says so, they
+        share one (:mod:`adapters.packing`).
+        """
+        (first, *others), doors = batches, {"keep": keep, "mask": mask, "mask_token": mask_token}
         if not (others and self.packing and self.vit.packs):
             return [self(first, **doors), *map(self, others)]
         self._check_doors(first, **doors)

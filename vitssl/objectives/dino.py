@@ -65,7 +65,8 @@ class DINO(Objective):
     """Cross entropy of class tokens over pairs of crops; with ``koleo`` they also keep away from each other.
 
     Metrics beside the losses: ``entropy`` of a teacher's choice as a share of ln P (0: it always takes one prototype, 1: it
-    never chooses), and ``usage``, how many prototypes its choices of a batch are spread over.
+    never chooses), and ``usage``, how many prototypes its choices for the images that a
+    process compares at once are spread over.
     """
 
     class Config(Objective.Config):

@@ -83,10 +83,10 @@ class MSN(Objective):
     def embed(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """Class tokens: ``anchor`` [B, D] of the masked crop, ``focal`` [B, V, D] of the small ones, if there are any."""
         keep, _ = random_keep(draw("mask", self.spec.num_patches), self.num_keep)
-        found = {"anchor": nets.student(views["second"], keep=keep).cls}
-        if small := self.config.crops.small:
-            found["focal"] = by_sample(nets.student(joined(views, small)).cls, len(small))
-        return found
+        small = self.config.crops.small
+        crops = [joined(views, names) for names in (["second"], small) if names]
+        anchor, *focal = (tokens.cls for tokens in nets.student.together(crops, keep=keep))
+        return {"anchor": anchor} | ({"focal": by_sample(focal[0], len(small))} if small else {})
 
     def targets(self, nets: Nets, views: dict[str, Tensor], draw: Draw) -> Embeddings:
         """``target`` [B, D]: the teacher's class tokens of the other large crop, all of it."""

@@ -56,8 +56,7 @@ def _attend(attention: Attention, x: Tensor, sizes: Sizes) -> Tensor:
     gate = attention.gate(x).sigmoid() if attention.gate is not None else None
     q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).unbind(1)  # [T, heads, d]
     q, k = attention.q_norm(q), attention.k_norm(k)
-    fused = attention.fused_attn and not (attention.training and attention.attn_drop.p)
-    if fused and varlen_attn is not None and v.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+    if attention.fused_attn and not (attention.training and attention.attn_drop.p) and _has_kernel(v):
         starts = _starts(sizes, x.device)
         longest = max(length for _, length in sizes)
         found = varlen_attn(q.to(v.dtype), k.to(v.dtype), v, starts, starts, longest, longest)
@@ -65,6 +64,13 @@ def _attend(attention: Attention, x: Tensor, sizes: Sizes) -> Tensor:
         found = torch.cat([_within(attention, *parts) for parts in zip(*(unpack(each, sizes) for each in (q, k, v)))])
     found = attention.norm(found.flatten(1))
     return attention.proj_drop(attention.proj(found if gate is None else found * gate))
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether torch's attention of variable lengths takes x [T, heads, d]: FlashAttention's terms."""
+    if varlen_attn is None or not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
 
 
 def _within(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
