@@ -30,8 +30,8 @@ from vitssl.views import View
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "configs" / "pretrain" / "small"
 YARDSTICK, LABELLED, PIXELS = "mae", "supervised", "raw pixels"
-LAST = ("distill",)  # its teacher has to be there
-BATCH, TIMED, SIDE = 256, (2, 14), 32
+TAUGHT = {"distill": "can"}  # by whom
+TIMED, SIDE = (2, 14), 32
 PROTOCOLS = ("linear_mae", "knn", "fewshot", "spectrum")
 QUIET = ("data.split=null", "data.workers=0", "log.trackers=[]", "checkpoint.every=null")
 UNJUDGED = [f"{key}=null" for part in ("heldout", "probe.bank", "probe.queries") for key in (f"{part}.path", f"{part}.split")]
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     if options.table:
         print("\n".join(table(rows)))
         return 0
-    presets = sorted((path.stem for path in SMALL.glob("*.yaml") if path.stem != "base"), key=lambda name: name in LAST)
+    presets = sorted((path.stem for path in SMALL.glob("*.yaml") if path.stem != "base"), key=lambda name: name in TAUGHT)
     wanted = options.methods.split(",") if options.methods else [PIXELS, YARDSTICK, LABELLED, *presets]
     asked = dict.fromkeys((name, seed) for name in wanted for seed in range(options.seeds if name == YARDSTICK else 1))
     cores: Queue[int] = Queue()
@@ -99,13 +99,15 @@ def learn(method: str, seed: int, data: str, minutes: float, core: int, steps: i
     else:
         program = ["pretrain", str(SMALL / f"{method}.yaml")]
         settings += UNJUDGED
+        settings += [f"objectives.{method}.teacher.name=runs/learn_{TAUGHT[method]}_0"] if method in TAUGHT else []
     command = ["-m", *program, *settings, *QUIET]
     if steps is None:
         few, many = (cpu([*command, f"run.name={name}_{short}", f"length={short}"], core) for short in TIMED)
         steps = max(TIMED[1], int((minutes * 60 - few) * (TIMED[1] - TIMED[0]) / (many - few)))
     spent = cpu([*command, f"run.name={name}", f"length={steps}"], core)
     losses = [json.loads(line)["loss"] for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
-    row = {"steps": steps, "images": steps * BATCH, "cpu_seconds": round(spent), "losses": [losses[0], losses[-1]]}
+    batch = json.loads(Path(f"runs/{name}/plan.json").read_text())["batch_size"]
+    row = {"steps": steps, "images": steps * batch, "cpu_seconds": round(spent), "losses": [losses[0], losses[-1]]}
     if method == LABELLED:  # its own head says what the images are
         rows = Path(f"runs/{name}/probes.jsonl").read_text().splitlines()
         return row | {"linear": json.loads(rows[-1])["top1"]}

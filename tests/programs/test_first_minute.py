@@ -20,7 +20,7 @@ def typed(program: str, *overrides: str, cwd: Path) -> str:
 
 
 def test_the_demo_in_a_minute(tmp_path: Path) -> None:
-    probes = ["probe.bank_samples=1000", "probe.queries_samples=500", "heldout.samples=64"]
+    probes = ["probe.bank_samples=1000", "probe.queries_samples=500", "probe.protocols=[knn]", "heldout.samples=64"]
     said = typed("pretrain", "length=60", "log.every=20", *probes, cwd=tmp_path)
     run = tmp_path / "runs" / "demo"
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
