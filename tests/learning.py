@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "configs" / "pretrain" / "small"
 YARDSTICK, LABELLED, PIXELS = "mae", "supervised", "raw pixels"
 TAUGHT = {"distill": "can"}  # by whom
-TIMED, SIDE = (2, 14), 32
+TIMED, SURE, SIDE = (2, 14, 98), 30, 32  # steps; seconds that a difference has to be; pixels
 PROTOCOLS = ("linear_mae", "knn", "fewshot", "spectrum")
 QUIET = ("data.split=null", "data.workers=0", "log.trackers=[]", "checkpoint.every=null")
 UNJUDGED = [f"{key}=null" for part in ("heldout", "probe.bank", "probe.queries") for key in (f"{part}.path", f"{part}.split")]
@@ -102,8 +102,12 @@ def learn(method: str, seed: int, data: str, minutes: float, core: int, steps: i
         settings += [f"objectives.{method}.teacher.name=runs/learn_{TAUGHT[method]}_0"] if method in TAUGHT else []
     command = ["-m", *program, *settings, *QUIET]
     if steps is None:
-        few, many = (cpu([*command, f"run.name={name}_{short}", f"length={short}"], core) for short in TIMED)
-        steps = max(TIMED[1], int((minutes * 60 - few) * (TIMED[1] - TIMED[0]) / (many - few)))
+        began, *longer = TIMED
+        few, many, short = cpu([*command, f"run.name={name}_{began}", f"length={began}"], core), 0.0, began
+        while longer and many - few < SURE:  # short steps drown in what a start takes
+            short = longer.pop(0)
+            many = cpu([*command, f"run.name={name}_{short}", f"length={short}"], core)
+        steps = max(short, int((minutes * 60 - few) * (short - began) / (many - few)))
     spent = cpu([*command, f"run.name={name}", f"length={steps}"], core)
     losses = [json.loads(line)["loss"] for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
     batch = json.loads(Path(f"runs/{name}/plan.json").read_text())["batch_size"]
