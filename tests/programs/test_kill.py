@@ -111,7 +111,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     start: Callable, data: Path, tmp_path: Path, whole, number: signal.Signals
 ) -> None:
     if signal.getsignal(number) is signal.SIG_IGN:
-        pytest.skip(f"{number.name} is ignored here (nohup), and a program that was started so goes on, as it should")
+        pytest.skip(f"{number!r} is ignored here (nohup), and a program that was started so goes on, as it should")
     argv = ["tests/tiny.yaml", f"data.path={data}", "data.split=train", *LONG, "checkpoint.every=50", "data.workers=1"]
     run = start("pretrain", tmp_path / "run", *argv, trap=SLOW.format(pause=0.02))
     wait_for(tmp_path / "run" / "metrics.jsonl", run)
