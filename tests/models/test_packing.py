@@ -81,10 +81,10 @@ def test_stochastic_depth_drops_whole_sequences() -> None:
     encoder = encoder_of({"drop_path": 0.5}).train()
     block = encoder.vit.blocks[-1]
     assert isinstance(block, Block)
-    x, sizes = pack([torch.randn(40, 5, 24, dtype=torch.float64), torch.randn(40, 3, 24, dtype=torch.float64)])
+    x, packing = pack([torch.randn(40, 5, 24, dtype=torch.float64), torch.randn(40, 3, 24, dtype=torch.float64)])
     torch.manual_seed(0)
     kinds = []
-    for before, after in zip(unpack(x, sizes), unpack(block(x, sizes=sizes), sizes), strict=True):
+    for before, after in zip(unpack(x, packing), unpack(block(x, packing=packing), packing), strict=True):
         moved = (after - before).abs().flatten(1)
         kinds += [(row > 0).all() or not (row > 0).any() for row in moved]
         still = (moved == 0).all(dim=1).sum()

@@ -6,6 +6,7 @@ call for each length, which gives the same numbers. Stochastic depth drops whole
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +19,26 @@ try:
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
-Sizes = tuple[tuple[int, int], ...]
-"""(number of sequences, tokens of each), in the order they lie in."""
+
+class Packing(NamedTuple):
+    """How packed tokens lie, worked out once for all blocks."""
+
+    sizes: tuple[tuple[int, int], ...]  # (number of sequences, tokens of each), in the order they lie in
+    lengths: Tensor  # [S] int64: tokens of every sequence
+    starts: Tensor  # [S + 1] int32: where each begins, and where the last ends
 
 
-def pack(parts: Sequence[Tensor]) -> tuple[Tensor, Sizes]:
-    """[B, T, D] of several B and T -> ([sum of B x T, D], their sizes)."""
-    return torch.cat([part.flatten(0, 1) for part in parts]), tuple((part.shape[0], part.shape[1]) for part in parts)
+def pack(parts: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    """[B, T, D] of several B and T -> ([sum of B x T, D], how they lie)."""
+    x, sizes = torch.cat([part.flatten(0, 1) for part in parts]), tuple((part.shape[0], part.shape[1]) for part in parts)
+    lengths = torch.cat([torch.full((num,), length, device=x.device) for num, length in sizes])
+    return x, Packing(sizes, lengths, F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)))
 
 
-def unpack(x: Tensor, sizes: Sizes) -> list[Tensor]:
+def unpack(x: Tensor, packing: Packing) -> list[Tensor]:
     """The inverse of :func:`pack`."""
-    parts = x.split([num * length for num, length in sizes])
-    return [part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)]
+    parts = x.split([num * length for num, length in packing.sizes])
+    return [part.unflatten(0, size) for part, size in zip(parts, packing.sizes, strict=True)]
 
 
 def packable(block: nn.Module) -> bool:
@@ -42,26 +50,25 @@ class Block(TimmBlock):
     """timm's that also takes packed tokens; its parameters and their names are timm's."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, sizes: Sizes | None = None
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
     ) -> Tensor:
-        """[B, T, D] as timm's; with ``sizes`` packed tokens [T, D]."""
-        if sizes is None:
+        """[B, T, D] as timm's; with ``packing`` packed tokens [T, D]."""
+        if packing is None:
             return super().forward(x, attn_mask, is_causal)
-        x = x + _by_sequence(self.drop_path1, self.ls1(_attend(self.attn, self.norm1(x), sizes)), sizes)
-        return x + _by_sequence(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), sizes)
+        x = x + _by_sequence(self.drop_path1, self.ls1(_attend(self.attn, self.norm1(x), packing)), packing)
+        return x + _by_sequence(self.drop_path2, self.ls2(self.mlp(self.norm2(x))), packing)
 
 
-def _attend(attention: Attention, x: Tensor, sizes: Sizes) -> Tensor:
+def _attend(attention: Attention, x: Tensor, packing: Packing) -> Tensor:
     """timm's attention within each sequence."""
     gate = attention.gate(x).sigmoid() if attention.gate is not None else None
     q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim)).unbind(1)  # [T, heads, d]
     q, k = attention.q_norm(q), attention.k_norm(k)
     if attention.fused_attn and not (attention.training and attention.attn_drop.p) and _has_kernel(v):
-        starts = _starts(sizes, x.device)
-        longest = max(length for _, length in sizes)
-        found = varlen_attn(q.to(v.dtype), k.to(v.dtype), v, starts, starts, longest, longest)
+        longest = max(length for _, length in packing.sizes)
+        found = varlen_attn(q.to(v.dtype), k.to(v.dtype), v, packing.starts, packing.starts, longest, longest)
     else:
-        found = torch.cat([_within(attention, *parts) for parts in zip(*(unpack(each, sizes) for each in (q, k, v)))])
+        found = torch.cat([_within(attention, *parts) for parts in zip(*(unpack(each, packing) for each in (q, k, v)))])
     found = attention.norm(found.flatten(1))
     return attention.proj_drop(attention.proj(found if gate is None else found * gate))
 
@@ -83,16 +90,9 @@ def _within(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return found.transpose(1, 2).flatten(0, 1)
 
 
-def _starts(sizes: Sizes, device: torch.device) -> Tensor:
-    """[sequences + 1] int32: where each begins, and where the last ends."""
-    lengths = torch.cat([torch.full((num,), length, dtype=torch.int32, device=device) for num, length in sizes])
-    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-
-
-def _by_sequence(drop: nn.Module, x: Tensor, sizes: Sizes) -> Tensor:
+def _by_sequence(drop: nn.Module, x: Tensor, packing: Packing) -> Tensor:
     """Stochastic depth of a batch, applied to packed tokens: a sequence stays or goes as a whole."""
     if not drop.training or isinstance(drop, nn.Identity):
         return x
-    kept = drop(x.new_ones(sum(num for num, _ in sizes), 1))
-    lengths = torch.cat([torch.full((num,), length, device=x.device) for num, length in sizes])
-    return x * kept.repeat_interleave(lengths, dim=0, output_size=len(x))
+    kept = drop(x.new_ones(len(packing.lengths), 1))
+    return x * kept.repeat_interleave(packing.lengths, dim=0, output_size=len(x))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitssl.errors import CheckpointError
-from vitssl.models.adapters.packing import Block, Sizes, pack, packable, unpack
+from vitssl.models.adapters.packing import Block, Packing, pack, packable, unpack
 from vitssl.models.positions import Grid, ResampleRule, resample
 from vitssl.models.state import by
 
@@ -51,7 +51,7 @@ def run_blocks(
     blocks: Sequence[nn.Module],
     x: Tensor,
     *,
-    beside: Sequence[Mapping[str, Tensor | Sizes]] | None = None,
+    beside: Sequence[Mapping[str, Tensor | Packing]] | None = None,
     checkpointing: bool = False,
     last: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -171,9 +171,9 @@ class TimmViT(nn.Module):
         beside = self._beside(grid, keep)
         x = self._embed(images, grid, keep, mask, mask_token)
         if others:
-            x, sizes = pack([x, *(self._embed(other, self._grid(other), None, None, None) for other in others)])
-            x, _ = run_blocks(self.blocks, x, beside=[{"sizes": sizes}] * len(self.blocks), checkpointing=checkpointing)
-            return unpack(self.norm(x), sizes), []
+            x, packing = pack([x, *(self._embed(other, self._grid(other), None, None, None) for other in others)])
+            x, _ = run_blocks(self.blocks, x, beside=[{"packing": packing}] * len(self.blocks), checkpointing=checkpointing)
+            return unpack(self.norm(x), packing), []
         x, outputs = run_blocks(self.blocks, x, beside=beside, checkpointing=checkpointing, last=last_blocks)
         return self.norm(x), outputs
 
