@@ -46,6 +46,22 @@ def init_as_moco_v3(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=1e-6)
 
 
+def init_as_dino(module: nn.Module) -> None:
+    """DINO's and iBOT's initialisation of an encoder (official codes), in place: timm's, but for prefix tokens N(0, 0.02)."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in ("cls_token", "reg_token"):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+
+def init_as_msn(module: nn.Module) -> None:
+    """MSN's initialisation of an encoder (official code), in place: DINO's, and the patch embedding He-normal, no bias."""
+    init_as_dino(module)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Conv2d) and name.endswith("patch_embed.proj"):
+            nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+            nn.init.zeros_(part.bias)
+
+
 def init_as_jepa(module: nn.Module) -> None:
     """I-JEPA's initialisation (official code, ``init_model``), in place: linear layers and mask tokens N(0, 0.02), no bias.
 

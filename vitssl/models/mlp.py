@@ -19,12 +19,13 @@ def mlp(
     bias: bool | None = None,
     last: Literal["plain", "norm"] = "plain",
     activation: Callable[[], nn.Module] = RELU,
+    eps: float = 1e-5,
 ) -> nn.Sequential:
     """Linear layers of ``widths`` (input first), each but the last followed by BatchNorm over all processes and ``activation``.
 
     ``last``: what follows the last layer: nothing (it then has a bias), or BatchNorm without affine weights (MoCo v3).
-    ``bias`` of the layers before a norm; None: where there is no norm. Modules are numbered as in the official codes of MoCo
-    v3, so those weights load.
+    ``bias`` of the layers before a norm; None: where there is no norm. ``eps``: of the norms. Modules are numbered as in the
+    official codes of MoCo v3, so those weights load.
     """
     layers: list[nn.Module] = []
     for index, (into, out) in enumerate(itertools.pairwise(widths)):
@@ -32,7 +33,7 @@ def mlp(
         normed = norm if not final else last != "plain"
         layers.append(nn.Linear(into, out, bias=(not normed) if bias is None else bias))
         if normed:
-            layers.append(BatchNorm(out, affine=not final))
+            layers.append(BatchNorm(out, affine=not final, eps=eps))
         if not final:
             layers.append(activation())
     return nn.Sequential(*layers)

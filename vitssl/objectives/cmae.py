@@ -55,8 +55,8 @@ class CMAE(MAE):
         self.size = tuple(side + config.shift for side in spec.image_size)
         check_size(self.size, spec.patch, f"objectives.cmae.shift={config.shift}: a crop of")
         self.feature_decoder = Decoder(spec, **config.decoder.sizes | {"depth": config.feature_depth}, out=spec.dim)
-        self.projector = mlp([spec.dim, config.hidden, config.out], bias=False)
-        self.predictor = mlp([config.out, config.hidden, config.out], bias=False)
+        self.projector = mlp([spec.dim, config.hidden, config.out], bias=False, eps=1e-6)
+        self.predictor = mlp([config.out, config.hidden, config.out], bias=False, eps=1e-6)
         self.keys = Twin(self.projector, trains=True)
 
     def views(self) -> dict[str, View]:
