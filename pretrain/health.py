@@ -55,7 +55,8 @@ class Health:
 
     def act(self, step: int) -> bool:
         """Measure; true ends the run. Raises Rollback, on every process."""
-        row = {"step": step, **self._trained(step), **self._measure()}
+        # the first process's, for all: decompositions of the same matrix may differ by a bit, and decide
+        row = dist.gather_lists([{"step": step, **self._trained(step), **self._measure()}])[0]
         if any(step <= steps for rule, steps in self.session.plan.waits.items() if rule.startswith("encoder.")):
             row.pop("teacher_distance", None)  # a student that waits is what its teacher is
         self.rows.append(row)
@@ -64,12 +65,11 @@ class Health:
             self.session.report.scalars({f"health/{key}": value for key, value in row.items() if key != "step"}, step)
         plan = self.session.plan
         met = plan.micro_batch * (plan.accumulation if self.session.engine.task.couples_samples else 1)
-        name, said = alarm(self.rows, met=met) or (None, None)  # the rows are the same on every process
+        policy = self.session.config.health.on_alarm
+        name, said = alarm(self.rows, met=met, told=self.told if policy == "warn" else ()) or (None, None)
         if said is None:
             return False
-        policy = self.session.config.health.on_alarm
-        if policy != "warn" or name not in self.told:
-            self.session.report.say(f"alarm at step {step:,}: {said}", style="bold red")
+        self.session.report.say(f"alarm at step {step:,}: {said}", style="bold red")
         self.told.add(name)
         if policy == "rollback":
             self._roll_back(step)
@@ -81,7 +81,7 @@ class Health:
         session = self.session
         well = self.rows[-3]["step"]
         kept = dist.gather_lists([[each for each in checkpoint.steps(session.folder / "checkpoints") if each <= well]])[0]
-        if not kept or len(session.rollbacks) >= ROLLBACKS:
+        if not kept or session.set_back >= ROLLBACKS:
             why = "no checkpoint is as old as that" if not kept else f"the run was set back {ROLLBACKS} times before"
             session.report.say(f"it stops here: {why}")
             return
@@ -126,8 +126,10 @@ class Health:
         own = torch.cat([torch.zeros(0, views, dim, device=engine.device), *features])
         every = dist.gather_rows(own)  # [N, V, D]
         weights = torch.stack([p.detach().float().norm() for p in engine.task.encoder.parameters() if p.requires_grad])
-        spectrum = {"std": spread(every[:, 0]), "rankme": rankme(every[:, 0])}
-        return row | spectrum | {"lidar": lidar(every), "weights": float(weights.norm())}
+        spectrum = dict.fromkeys(("std", "rankme", "lidar"), math.nan)  # of features that are no numbers: the next loss says so
+        if every.isfinite().all():
+            spectrum = {"std": spread(every[:, 0]), "rankme": rankme(every[:, 0]), "lidar": lidar(every)}
+        return row | spectrum | {"weights": float(weights.norm())}
 
     def refuse(self, reached: int) -> None:
         """After a run that an alarm ended. Raises TrainingError."""

@@ -74,6 +74,7 @@ def run(config: PretrainConfig, command: Command) -> int:
                 train(session, watched, command)
             except Rollback:
                 session.engine.end(leave=False)
+                session = None  # and with it networks and moments, before others are made
                 said.clear()
                 watched.clear()
                 continue

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,13 +190,17 @@ def activation_memory(stacks: Sequence[Stack], *, width: int, fused: bool, check
 
     Blocks are counted exactly. The ends of a stack (embedding, positions, final norm, prediction, pixels, targets) are taken
     as one block more; measured, they are a quarter of one to one and a tenth, and more where patches have many more pixels
-    than tokens have channels. With checkpointing a block keeps its input, and one of all blocks is alive at a time.
+    than tokens have channels. With checkpointing a block keeps its input, and one of all blocks is alive at a time: that of all
+    views which share a pass, as those may that go through blocks of the same size.
     """
     blocks = [stack.block(width=width, fused=fused) for stack in stacks]
     if not checkpointing:
         return sum((stack.depth + 1) * block for stack, block in zip(stacks, blocks))
     inputs = sum(stack.depth * stack.tokens * stack.dim * 4 for stack in stacks)
-    return inputs + sum(blocks) + max(blocks, default=0)
+    alive: Counter[tuple[int, int, int]] = Counter()
+    for stack, block in zip(stacks, blocks):
+        alive[stack.dim, stack.depth, stack.heads] += block
+    return inputs + sum(blocks) + max(alive.values(), default=0)
 
 
 def _bytes(size: int) -> str:

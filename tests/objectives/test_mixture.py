@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from contract import teacher_of
+from contract import CASES, Case, build, teacher_of
+from contract import batch as whole
 from torch import nn
 
 from vitssl.data.augment import Normalize
@@ -134,6 +135,25 @@ def test_draws_on_the_host_ask_for_no_position_on_a_device():
     there = Batch(shown.views, torch.empty(2, dtype=torch.int64, device="meta"), host=shown.positions)
     found = Mixture.draw("a", there, CLOCK)("noise", 5, host=True)
     assert torch.equal(found, Mixture.draw("a", shown, CLOCK)("noise", 5))
+
+
+def test_what_is_embedded_twice_is_the_same_under_stochastic_depth(monkeypatch: pytest.MonkeyPatch):
+    """Whichever objectives stand before it: the gradients are carried through the passes that were compared."""
+    parts = {name: CASES[name].objectives[name] for name in ("mae", "simclr")}
+    monkeypatch.setitem(CASES, "dropped", Case(parts, encoder={"drop_path": 0.5}))
+    task = build("dropped").train()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        embedded, _ = task(whole(task), CLOCK, phase="embed")
+    given = {key: torch.zeros_like(rows, requires_grad=True) for key, rows in embedded.items()}
+    torch.manual_seed(1)
+    task(whole(task), CLOCK, phase="carry", given=given)[0].backward()
+    for key, rows in embedded.items():
+        torch.testing.assert_close(given[key].grad, rows, msg=key)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        others, _ = task(whole(task), CLOCK, phase="embed")
+    assert any(not torch.allclose(others[key], rows) for key, rows in embedded.items())
 
 
 def test_every_parameter_has_one_rule():

@@ -1,7 +1,15 @@
 """What several tests ask of a run that has ended, or of the folder it left."""
 
+import importlib.util
+import shutil
 from pathlib import Path
 
+import pytest
+
+COMPILER = shutil.which("c++") or shutil.which("g++")  # DeepSpeed compiles an operation
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or COMPILER is None, reason="deepspeed or a C++ compiler is not here"
+)
 WAIT = ("init.head_warmup=6", "length=10", "optim.warmup=2", "optim.clip=1.0", "checkpoint.every=1", "checkpoint.keep_last=99")
 
 

@@ -1,16 +1,15 @@
 """A run whose samples meet in one loss: the same by parts, on two processes, and under DeepSpeed."""
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from outcome import needs_deepspeed
 
 SIMCLR = ("objectives.mae=null", "objectives.simclr={hidden: 16, out: 8, temperature: 0.5}", "heldout.pictures=0")
 MOCO = ("objectives.mae=null", "objectives.moco_v3={hidden: 16, out: 8}", "heldout.pictures=0")
-COMPILER = importlib.util.find_spec("deepspeed") and (shutil.which("c++") or shutil.which("g++"))
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +22,7 @@ def whole(pretrain: Callable, tmp_path_factory: pytest.TempPathFactory):
     [
         (("micro_batch=2",), 1),
         (("micro_batch=2",), 2),
-        pytest.param(
-            ("micro_batch=2", "launch.engine=zero2"),
-            2,
-            marks=pytest.mark.skipif(not COMPILER, reason="deepspeed or a C++ compiler is not here"),
-        ),
+        pytest.param(("micro_batch=2", "launch.engine=zero2"), 2, marks=needs_deepspeed),
     ],
 )
 def test_parts_and_processes_train_the_same_run(whole, pretrain: Callable, tmp_path: Path, own, processes: int) -> None:

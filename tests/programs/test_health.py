@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from outcome import refused
+from outcome import needs_deepspeed, refused
 
 MOCO = ("objectives.mae=null", "objectives.moco_v3={hidden: 16, out: 8}", "heldout.pictures=0", "heldout.every=99")
 WATCHED = (*MOCO, "health.every=2", "health.images=12")
@@ -17,6 +17,22 @@ real, calls = Twin.update, {}
 def update(self, momentum):
     calls[id(self)] = calls.get(id(self), 0) + 1
     real(self, momentum if calls[id(self)] < 5 else 0.0)
+Twin.update = update
+"""
+ALWAYS = """
+from vitssl.models.twin import Twin
+real, calls = Twin.update, []
+def update(self, momentum):
+    calls.append(momentum)
+    real(self, momentum if len(calls) < 23 else 0.0)  # two averages a step
+Twin.update = update
+"""
+NONE = """
+from vitssl.models.twin import Twin
+real, calls = Twin.update, []
+def update(self, momentum):
+    calls.append(momentum)
+    real(self, momentum if len(calls) < 4 else float("nan"))
 Twin.update = update
 """
 
@@ -47,6 +63,14 @@ def test_an_encoder_that_waits_is_no_alias(pretrain: Callable, exported, tmp_pat
     assert [row["step"] for row in rows if "teacher_distance" in row] == list(range(12, 21, 2))
 
 
+def test_features_that_are_no_numbers_are_measured_and_the_loss_is_told(pretrain: Callable, tmp_path: Path) -> None:
+    options = ("objectives.ijepa={min_keep: 2, shortest_of: 4, predictor: {dim: 16, depth: 1}}", "encoder.class_token=false")
+    watched = (*WATCHED[2:], "objectives.mae=null", "health.on_alarm=stop")
+    run = pretrain(tmp_path / "run", *watched, *options, trap=NONE)
+    refused(run, "loss is nan")
+    assert [row["std"] is None for row in run.rows("health.jsonl")][-1]
+
+
 def test_a_learning_rate_of_a_hundred_times_stops_the_run(pretrain: Callable, tmp_path: Path) -> None:
     run = pretrain(tmp_path / "run", *WATCHED, "health.on_alarm=stop", "optim.base_lr=1", "optim.warmup=0")
     refused(run, "stopped at step ", "saved: ", "the learning rate is too high", "health.on_alarm=warn goes on all the same")
@@ -71,14 +95,26 @@ def test_a_planted_collapse_of_dino_names_its_cause(pretrain: Callable, tmp_path
     assert run.rows("health.jsonl")[-1]["step"] <= 40
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_is_set_back_and_sees_later_images(pretrain: Callable, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    "trap, every, processes, engine, led",
+    [
+        (LATER, 1, 1, "ddp", 3),
+        (LATER, 1, 2, "ddp", 3),
+        (ALWAYS, 3, 1, "ddp", 2),  # the second goes back to before the first, whose images stay passed over
+        pytest.param(LATER, 1, 1, "zero1", 3, marks=needs_deepspeed),
+    ],
+)
+def test_a_run_is_set_back_and_sees_later_images(
+    pretrain: Callable, tmp_path: Path, trap: str, every: int, processes: int, engine: str, led: int
+) -> None:
     """Three times; then it stops. The step it goes back to is the newest before the signs; no image is seen twice."""
-    options = ("health.on_alarm=rollback", "checkpoint.every=1", "checkpoint.keep_last=9", "data.ledger=true")
-    run = pretrain(tmp_path / "run", *WATCHED, *options, "length=40", processes=processes, trap=LATER)
+    options = ("health.on_alarm=rollback", f"checkpoint.every={every}", "checkpoint.keep_last=9", "data.ledger=true")
+    settings = (*WATCHED, *options, f"launch.engine={engine}", "length=40")
+    run = pretrain(tmp_path / "run", *settings, processes=processes, trap=trap)
     assert set(run.codes) == {2}, run.out + run.err
     back = [json.loads(line) for line in (tmp_path / "run/rollbacks.jsonl").read_text().splitlines()]
-    assert len(back) == 3 and all(row["skipped"] == 8 * (row["at"] - row["step"]) > 0 for row in back)
+    assert len(back) == led and [row["times"] for row in back] == [1, 2, 3][-led:]
+    assert all(row["skipped"] >= 8 * (row["at"] - row["step"]) > 0 for row in back)
     assert "the run was set back 3 times before" in run.out and "stopped at step" in run.err
     rows = [json.loads(line) for file in (tmp_path / "run/ledger").glob("*.jsonl") for line in file.read_text().splitlines()]
     positions = sorted(position for row in rows for position in row["positions"])

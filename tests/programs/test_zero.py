@@ -1,6 +1,5 @@
 """DeepSpeed on two CPU processes: it really runs, trains as DDP does, and its checkpoints are everyone's."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +9,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from outcome import WAIT, equal_bits
+from outcome import WAIT, equal_bits, needs_deepspeed
 from safetensors.torch import load_file
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
-    pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="deepspeed compiles an op: no C++ compiler"),
-]
+pytestmark = needs_deepspeed
 
 SPY = """
 from vitssl.train.launch import Engine

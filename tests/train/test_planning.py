@@ -199,3 +199,12 @@ def test_norms_of_one_parameter_are_not_to_be_had_of_flat_partitions(optim: dict
 def test_memory_of_nothing():
     assert activation_memory([], width=4, fused=True, checkpointing=True) == 0
     assert Stack(10, 8, 0, 2).block(width=4, fused=False) == 10 * 8 * 64 + 2 * 100 * 4
+
+
+def test_views_that_may_share_a_pass_are_recomputed_together():
+    large, small, decoder = Stack(17, 32, 4, 2), Stack(5, 32, 4, 2), Stack(17, 16, 2, 2)
+    options = {"width": 4, "fused": True}
+    both, alone = (activation_memory(stacks, **options, checkpointing=True) for stacks in ([large, small], [large]))
+    assert both - alone == 4 * 5 * 32 * 4 + 2 * small.block(**options)
+    with_decoder = activation_memory([large, decoder], **options, checkpointing=True)
+    assert with_decoder - alone == 2 * 17 * 16 * 4 + decoder.block(**options)  # one of the two at a time

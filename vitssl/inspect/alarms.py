@@ -4,7 +4,8 @@ Each rule looks at the rows since the run began and gives the likely cause in wo
 that follow each other, so an alarm comes at most two measurements after the first of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 Row = Mapping[str, float]
 Rule = Callable[[Sequence[Row], int], str | None]
@@ -14,18 +15,21 @@ ONE = 1.5  # prototypes: fewer, and all images are one
 FEW_USED = 0.05  # of the prototypes that were used at the beginning, or of the images that meet, if they are fewer
 EVEN = 0.995  # of the entropy of even targets: above it targets say nothing
 FLAT = 0.15  # of the widest that the spread of features was
-FEW = 0.3  # of the most that RankMe was
+FEW = 0.3  # of the most that RankMe was, where
+ALIKE = 0.5  # of the most that LiDAR was are left too: a mean that grows takes RankMe down, and tells images apart all the same
+LEAST = 8  # images that meet: fewer use few prototypes however well they are
 HIGH = 1.5  # times an objective's first loss
 GROWN = 4.0  # times the first norm of the weights
 FAR = 1e-7  # relative distance of a teacher's weights that is none
 
 
-def alarm(rows: Sequence[Row], *, met: int) -> tuple[str, str] | None:
-    """(its name, what is seen and the likely cause): the first alarm that the newest rows raise.
+def alarm(rows: Sequence[Row], *, met: int, told: Collection[str] = ()) -> tuple[str, str] | None:
+    """(its name, what is seen and the likely cause): the first alarm that the newest rows raise, of those not ``told`` yet.
 
     ``rows`` in the order of their steps; ``met``: how many images meet in a loss of one process, which choose prototypes.
     """
-    return next(((name, said) for name, rule in RULES.items() if (said := rule(rows, met))), None)
+    rules = {name: rule for name, rule in RULES.items() if name not in told}
+    return next(((name, said) for name, rule in rules.items() if (said := rule(rows, met))), None)
 
 
 def _lasting(rows: Sequence[Row], sign: Callable[[Row], bool]) -> bool:
@@ -61,7 +65,7 @@ def _rising(rows: Sequence[Row], met: int) -> str | None:
 
 
 def _one_prototype(rows: Sequence[Row], met: int) -> str | None:
-    for key in _keys(rows, "usage"):
+    for key in _keys(rows, "usage") if met >= LEAST else ():
         begun = min(met, next(row[key] for row in rows if key in row))  # images that have made up their minds use one each
         if _lasting(rows, lambda row, key=key, begun=begun: row.get(key, begun) < max(ONE, FEW_USED * begun)):
             return (
@@ -81,12 +85,15 @@ def _even_targets(rows: Sequence[Row], met: int) -> str | None:
 
 
 def _collapsed(rows: Sequence[Row], met: int) -> str | None:
-    most = {key: max(row[key] for row in rows) for key in ("std", "rankme")}  # a LayerScale of 1e-5 begins near none
+    known = [row for row in rows if math.isfinite(row["std"])]
+    most = {key: max((row[key] for row in known), default=0.0) for key in ("std", "rankme", "lidar")}  # first rows may be small
     flat = _lasting(rows, lambda row: row["std"] < FLAT * most["std"])
-    few = _lasting(rows, lambda row: row["rankme"] < FEW * most["rankme"])
+    few = _lasting(rows, lambda row: row["rankme"] < FEW * most["rankme"] and row["lidar"] < ALIKE * most["lidar"])
     if not (flat or few):
         return None
-    seen = f"spread {rows[-1]['std']:.3f} (was {most['std']:.3f}), RankMe {rows[-1]['rankme']:.1f} ({most['rankme']:.1f})"
+    last = rows[-1]
+    seen = f"spread {last['std']:.3f} (was {most['std']:.3f}), RankMe {last['rankme']:.1f} ({most['rankme']:.1f})"
+    seen += f", LiDAR {last['lidar']:.1f} ({most['lidar']:.1f})"
     return f"features have collapsed, {seen}: the learning rate is too high, or nothing in the loss keeps images apart"
 
 

@@ -157,8 +157,12 @@ class Mixture(Task):
     def _shown(
         self, batch: Batch, clock: Clock, *, coupled: bool = False
     ) -> Iterator[tuple[str, Objective, dict[str, Tensor]]]:
-        """(name, objective, its views of the batch) of all objectives, or of the coupled ones."""
-        parts = {name: each for name, each in self.objectives.items() if each.couples_samples or not coupled}
+        """(name, objective, its views of the batch) of the coupled objectives, then of the others unless they are left out.
+
+        The coupled come first, so that what is embedded twice meets the same draws of stochastic depth both times.
+        """
+        ordered = sorted(self.objectives.items(), key=lambda each: not each[1].couples_samples)
+        parts = {name: each for name, each in ordered if each.couples_samples or not coupled}
         asked = {view for objective in parts.values() for view in objective.views().values()}
         images = {view: seen(batch, view, self.normalize, seed=clock.seed) for view in asked}
         for name, objective in parts.items():

@@ -139,7 +139,7 @@ def occupy(folder: Path) -> None:
 
 
 def read_rollbacks(folder: Path, step: int) -> list[dict[str, int]]:
-    """{step, at, skipped} of each time that a run was set back, as far as they led to ``step``."""
+    """{step, at, skipped, times} of each time that a run was set back, as far as they led to ``step``."""
     path = folder / ROLLBACKS
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [row for row in rows if row["step"] <= step]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DeepSpeedPlugin, LoggerType, ProjectConfiguration
 from torch import Tensor
@@ -204,6 +205,7 @@ class Engine:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.free_memory()
+        AcceleratorState._reset_state()  # it refuses a second DeepSpeed configuration; the process group stays
 
     def _zero_config(self, stage: int, micro_batch: int) -> dict[str, Any]:
         """DeepSpeed's settings, each written out: its own defaults clip at 1.0 and turn teachers into bf16."""

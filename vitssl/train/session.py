@@ -73,13 +73,20 @@ class Session:
         """Where the first batch begins: after what was trained on, and what was passed over by going back."""
         return self.start * self.plan.batch_size + sum(each["skipped"] for each in self.rollbacks)
 
+    @property
+    def set_back(self) -> int:
+        """How often this run was set back, also to before where it was set back to once."""
+        return max((each["times"] for each in self.rollbacks), default=0)
+
     def roll_back(self, *, to: int, at: int) -> None:
-        """Let the next start be at checkpoint ``to`` and pass over the images up to step ``at``. Every process calls it."""
+        """Let the next start be at checkpoint ``to`` and pass over all images up to step ``at``. Every process calls it."""
         dist.barrier()
         if self.engine.main:
             checkpoint.discard(self.folder / "checkpoints", after=to)
-            row = {"step": to, "at": at, "skipped": (at - to) * self.plan.batch_size}
+            passed = sum(each["skipped"] for each in self.rollbacks if each["step"] > to)  # whose rows do not lead to there
+            row = {"step": to, "at": at, "skipped": (at - to) * self.plan.batch_size + passed, "times": self.set_back + 1}
             self.report.rows(ROLLBACKS, [row])
+        self.report.recent.clear()  # what was measured since is of a run that is given up
         dist.barrier()
 
     def steps(self, length: Duration) -> int:
