@@ -118,8 +118,11 @@ def plain_mae(task: Mixture) -> PlainMAE:
     if list(task.objectives) != ["mae"]:
         raise ConfigError(f"--bench step compares MAE with a plain MAE, and this config has {', '.join(task.objectives)}")
     mae, decoder = task.objectives["mae"], task.objectives["mae"].config.decoder
-    if decoder.attention == "cross":
-        raise ConfigError("--bench step: the plain MAE has no objectives.mae.decoder.attention=cross; compare it with self")
+    for key, plain in {"attention": "self", "positions": "sincos"}.items():
+        if (other := getattr(decoder, key)) != plain:
+            raise ConfigError(
+                f"--bench step: the plain MAE has no objectives.mae.decoder.{key}={other}; compare it with {plain}"
+            )
     return PlainMAE(task.encoder.spec, num_keep=mae.num_keep, **decoder.sizes)
 
 

@@ -73,7 +73,9 @@ class EncoderConfig(Section):
     drop_path_shape: Literal["linear", "uniform"] = Field(
         "linear", description="earlier blocks have linearly less of it, or the same (DINOv2)"
     )
-    weights_init: Literal["timm", "mae", "moco_v3", "dino", "msn"] = Field("timm", description="whose initialisation")
+    weights_init: Literal["timm", "mae", "moco_v3", "dino", "dinov2", "msn", "beit", "jepa"] = Field(
+        "timm", description="whose initialisation"
+    )
     freeze_patch_embed: bool = Field(False, description="whether the patch embedding stays as it begins (MoCo v3)")
     arguments: dict[str, Any] = Field({}, description="further arguments of timm.create_model, such as depth or embed_dim")
 

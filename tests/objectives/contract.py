@@ -44,7 +44,9 @@ CASES = {
     "ijepa": Case({"ijepa": {"min_keep": 2, "shortest_of": 4, "predictor": {"dim": 16, "depth": 1}}}),
     "patch_prediction": Case({"patch_prediction": {"bits": 2}}),
     "mae": Case({"mae": PAINTER}),
-    "mae in blocks, a part painted": Case({"mae": {"block": 2, "decode": 0.25} | PAINTER}),
+    "mae in blocks, a part painted": Case(
+        {"mae": {"block": 2, "decode": 0.25, "decoder": PAINTER["decoder"] | {"positions": "learned"}}}
+    ),
     "mae that looks across": Case({"mae": {"decode": 0.5, "decoder": PAINTER["decoder"] | {"attention": "cross"}}}),
     "mae that looks across at all blocks": Case(
         {"mae": {"decoder": PAINTER["decoder"] | {"attention": "cross", "mixing": True}}},

@@ -34,12 +34,13 @@ def test_what_is_removed_is_whole_blocks(block: int):
             assert mask[b, n] == mask[b, corner]
 
 
-@pytest.mark.parametrize("block, decode", [(1, 0.25), (2, 0.5)])
-def test_a_part_is_painted_as_if_the_rest_were_not_there(block: int, decode: float):
+@pytest.mark.parametrize("block, decode, positions", [(1, 0.25, "sincos"), (2, 0.5, "sincos"), (1, 0.5, "learned")])
+def test_a_part_is_painted_as_if_the_rest_were_not_there(block: int, decode: float, positions: str):
     """Token by token, from the places that the noise gives them."""
     task = build("mae + moco_v3")
     spec, images = task.encoder.spec, next(iter(batch(task, num=2).views.values())).double() / 255
-    mae = create("mae", {"mask_ratio": 0.5, "block": block, "decode": decode} | SMALL, spec).double()
+    painter = {"decoder": SMALL["decoder"] | {"positions": positions}}
+    mae = create("mae", {"mask_ratio": 0.5, "block": block, "decode": decode} | painter, spec).double()
     noise = torch.rand(2, mae.num_blocks, dtype=torch.float64)
     found = mae.embed(Nets(task.encoder), {"image": images}, lambda name, num: noise)["error"]
     decoder, width = mae.decoder, 4 // block
@@ -53,7 +54,7 @@ def test_a_part_is_painted_as_if_the_rest_were_not_there(block: int, decode: flo
         painted = [n for some in inside[mae.num_blocks // 2 :][:num] for n in some]
         assert (len(kept), len(painted)) == (mae.num_keep, mae.num_painted)
         tokens = task.encoder(images[b : b + 1], keep=torch.tensor([kept]))
-        row = [decoder.embed(tokens.prefix[0, 0])]
+        row = [decoder.embed(tokens.prefix[0, 0]) + (decoder.pos_embed[0, 0] if positions == "learned" else 0.0)]
         row += [decoder.embed(token) + decoder.positions[n] for n, token in zip(kept, tokens.patches[0])]
         row += [decoder.mask_token[0, 0] + decoder.positions[n] for n in painted]
         answer = decoder.predict(decoder.norm(decoder.blocks(torch.stack(row)[None])))[0, -len(painted) :]

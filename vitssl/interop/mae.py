@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitssl.errors import CheckpointError
@@ -47,21 +46,21 @@ class Painter:
         """The decoder, filled. Raises CheckpointError where it does not belong to such an encoder."""
         dim, inner = self.state["embed.weight"].shape[0], self.state["blocks.0.mlp.fc1.weight"].shape[0]
         sizes = {"dim": dim, "depth": self._depth, "heads": self.heads, "mlp_ratio": inner / dim}
-        decoder = Decoder(spec, **sizes, out=self.state["predict.weight"].shape[0])
+        positions = "learned" if "pos_embed" in self.state else "sincos"
+        decoder = Decoder(spec, **sizes, positions=positions, out=self.state["predict.weight"].shape[0])
         require_fit(self.state, decoder.state_dict(), model="the decoder of this encoder")
         decoder.load_state_dict(dict(self.state))
         return decoder.eval()
 
     def foreign(self, decoder: Decoder) -> State:
-        """The decoder's tensors under transformers' names, its fixed positions among them."""
+        """The decoder's tensors under transformers' names, its positions among them."""
         blocks = {name: tensor for name, tensor in self.state.items() if name.startswith("blocks.")}
         found = foreign(blocks, _LAYOUT)
         for name, tensor in self.state.items():
             for ours, theirs in _OUTSIDE.items():
                 if name.startswith(ours):
                     found[theirs + name.removeprefix(ours)] = tensor
-        positions = decoder.positions.float()
-        found["decoder.decoder_pos_embed"] = torch.cat([torch.zeros_like(positions[:1]), positions])[None]
+        found["decoder.decoder_pos_embed"] = decoder.pos_embed.detach().float()
         return found
 
     def paint(self, encoder: Encoder, decoder: Decoder, images: Tensor, noise: Tensor) -> Tensor:

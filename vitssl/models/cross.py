@@ -4,6 +4,8 @@ The surprising decision: patches painted apart are painted as well as together. 
 which others are, and painting a part costs that part.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -43,8 +45,8 @@ class CrossDecoder(Decoder):
     first, before the final norm, under a norm of its own (section 3.3; ``weight_fm`` and ``use_input`` of the official code).
     """
 
-    def __init__(self, spec: EncoderSpec, *, depth: int = 12, mixing: bool = False, **sizes: float) -> None:
-        super().__init__(spec, depth=depth, **sizes)
+    def __init__(self, spec: EncoderSpec, *, depth: int = 12, mixing: bool = False, **settings: Any) -> None:
+        super().__init__(spec, depth=depth, **settings)
         if mixing:
             self.looks = spec.depth + 1
             self.mix = nn.Linear(self.looks, depth, bias=False)

@@ -16,13 +16,29 @@ from torch import Tensor, nn
 from vitssl.errors import ConfigError
 from vitssl.models.adapters.build import build
 from vitssl.models.adapters.timm_vit import TimmViT, compile_in_place, drop_evenly
-from vitssl.models.init import init_as_dino, init_as_mae, init_as_moco_v3, init_as_msn
+from vitssl.models.init import (
+    init_as_beit,
+    init_as_dino,
+    init_as_dinov2,
+    init_as_jepa,
+    init_as_mae,
+    init_as_moco_v3,
+    init_as_msn,
+)
 from vitssl.models.positions import FIRST, Grid, ResampleRule, check_size, sincos_2d
 from vitssl.models.spec import EncoderSpec, Pooling
 from vitssl.models.state import require_fit
 from vitssl.models.stems import TokensToToken
 
-_INITS = {"mae": init_as_mae, "moco_v3": init_as_moco_v3, "dino": init_as_dino, "msn": init_as_msn}
+_INITS = {
+    "mae": init_as_mae,
+    "moco_v3": init_as_moco_v3,
+    "dino": init_as_dino,
+    "dinov2": init_as_dinov2,
+    "msn": init_as_msn,
+    "beit": init_as_beit,
+    "jepa": init_as_jepa,
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,7 @@ class Encoder(nn.Module):
         pos_resample: ResampleRule = "timm",
         drop_path: float = 0.0,
         drop_path_shape: Literal["linear", "uniform"] = "linear",
-        weights_init: Literal["timm", "mae", "moco_v3", "dino", "msn"] = "timm",
+        weights_init: Literal["timm", "mae", "moco_v3", "dino", "dinov2", "msn", "beit", "jepa"] = "timm",
         freeze_patch_embed: bool = False,
         arguments: Mapping[str, Any] | None = None,
     ) -> "Encoder":

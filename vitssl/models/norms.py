@@ -33,6 +33,8 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
         out = centred * torch.rsqrt(variance + self.eps)
-        if self.affine:
-            out = out * self.weight + self.bias
+        if self.weight is not None:
+            out = out * self.weight
+        if self.bias is not None:
+            out = out + self.bias
         return out.to(rows.dtype)

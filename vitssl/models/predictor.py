@@ -4,6 +4,7 @@ He et al. 2022, section 3.1. It exists during pretraining only, so nothing of it
 """
 
 from functools import partial
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import Block
@@ -23,14 +24,23 @@ class Decoder(nn.Module):
     """Tokens of the kept patches -> a vector for every patch.
 
     dim, depth, heads, mlp_ratio: its own transformer; out: numbers per patch. Initialised as in MAE. Positions are the fixed
-    sin-cos table of the encoder's grid, zero for prefix tokens. Raises ConfigError for a width that heads do not divide.
+    sin-cos table of the encoder's grid, zero for prefix tokens, or learned for both (Pixio). Raises ConfigError for a width
+    that heads do not divide.
     ``looks``: how many outputs of the encoder's blocks it is to be given beside its tokens (``last_blocks``).
     """
 
     looks = 0
 
     def __init__(
-        self, spec: EncoderSpec, *, dim: int = 512, depth: int = 8, heads: int = 16, mlp_ratio: float = 4.0, out: int
+        self,
+        spec: EncoderSpec,
+        *,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        positions: Literal["sincos", "learned"] = "sincos",
+        out: int,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -39,11 +49,21 @@ class Decoder(nn.Module):
         self.checkpointing = False
         self.embed = self._embed(spec.dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))  # 3-D as in MAE, where it is weight-decayed
-        self.register_buffer("positions", sincos_2d(dim, spec.grid).to(torch.get_default_dtype()), persistent=False)  # [N, dim]
+        table = torch.zeros(1, self.prefix + spec.num_patches, dim)  # 3-D as in Pixio, where it is weight-decayed
+        if positions == "learned":
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        else:
+            table[0, self.prefix :] = sincos_2d(dim, spec.grid)
+            self.register_buffer("pos_embed", table, persistent=False)
         self.blocks = nn.Sequential(*(self._block(spec.dim, dim, heads, mlp_ratio) for _ in range(depth)))
         self.norm = NORM(dim)
         self.predict = nn.Linear(dim, out)
         init_as_mae(self)
+
+    @property
+    def positions(self) -> Tensor:
+        """[N, dim]: those of the patches."""
+        return self.pos_embed[0, self.prefix :]
 
     def forward(self, tokens: Tokens, keep: Tensor, places: Tensor | None = None) -> Tensor:
         """tokens of the K kept patches, keep [B, K] their places -> [B, N, out], in raster order; kept ones included.
@@ -58,7 +78,7 @@ class Decoder(nn.Module):
             missing = self.mask_token.to(kept.dtype).expand(len(kept), places.shape[1], -1)
             seats = torch.cat([keep, places], dim=1)  # [B, K + M]
             patches = torch.cat([kept, missing], dim=1) + self.positions[seats]
-        x = torch.cat([prefix, patches], dim=1)  # [B, R + (N or K + M), dim]
+        x = torch.cat([prefix + self.pos_embed[:, : self.prefix], patches], dim=1)  # [B, R + (N or K + M), dim]
         x, _ = run_blocks(self.blocks, x, checkpointing=self.checkpointing)
         answer = self.predict(self.norm(x[:, self.prefix :]))
         return answer if places is None else self._in_places(answer, seats)

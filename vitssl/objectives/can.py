@@ -7,7 +7,8 @@ them. So a step costs two of MAE's on as many tokens, whatever is learnt beside 
 The paper's code (JAX) is not public. Projector, noise on normalised images, and what the decoder is told of it and where are
 those of its authors' second code (PyTorch, github.com/shlokk/mae-contrastive). On purpose otherwise: that code tells the
 decoder waves of the deviation itself, at most 0.05, which hardly move; here they are of its share of ``sigma``, in 1000 steps
-as in diffusion (Ho et al. 2020). And what is painted is the clean view, not the noisy one.
+as in diffusion (Ho et al. 2020). What is painted is the clean view, not the noisy one. The class token is not pooled with the
+patches. And negatives are those of the whole batch, not of a GPU.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from vitssl.errors import ConfigError
 from vitssl.losses.contrast import nt_xent
 from vitssl.losses.pixels import masked_mse, unpatchify
 from vitssl.models.encoder import Tokens
+from vitssl.models.init import init_as_mae
 from vitssl.models.mlp import mlp
 from vitssl.models.positions import waves
 from vitssl.models.spec import EncoderSpec
@@ -66,6 +68,9 @@ class CAN(MAE):
             )
         self.projector = mlp([spec.dim, *[config.hidden or spec.dim] * (config.layers - 1), config.out], norm=config.norm)
         self.level = mlp([LEVELS, spec.dim, spec.dim], norm=False) if config.denoising else None
+        init_as_mae(self.projector)
+        if self.level is not None:
+            init_as_mae(self.level)
 
     def views(self) -> dict[str, View]:
         view = super().views()["image"]

@@ -1,9 +1,10 @@
 """Predicting what a teacher makes of the whole image from an image with holes (data2vec, Baevski et al. 2022, for images).
 
 The surprising decision: the target of a masked patch is no token and no pixel but the average of the teacher's last blocks at
-its place, each normalised over its channels, so it holds the whole image's context. Two things differ from the official code on
+its place, each normalised over its channels, so it holds the whole image's context. What differs from the official code on
 purpose: masks that its generator leaves short of their number (a third of them, by one to nine patches) are filled up, so that
-the mean over masked patches is the same in one batch and in parts of it; and the teacher has no drop path.
+the mean over masked patches is the same in one batch and in parts of it; the teacher computes in the run's precision, not in
+fp32; and colours are changed after the crop, so contrast is about the crop's mean and not the whole image's.
 """
 
 import torch
@@ -15,6 +16,7 @@ from vitssl.config import Count
 from vitssl.errors import ConfigError
 from vitssl.losses.regression import smooth_l1
 from vitssl.masks.blocks import block_masks, block_noise
+from vitssl.models.init import narrow_normal
 from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.single import SingleConfig
@@ -58,7 +60,7 @@ class Data2Vec(Objective):
         self.mask_token = nn.Parameter(torch.empty(1, 1, spec.dim))  # 3-D as in the official code, where it is weight-decayed
         self.predict = nn.Linear(spec.dim, spec.dim)
         for weight in (self.mask_token, self.predict.weight):
-            nn.init.trunc_normal_(weight, std=0.02)
+            narrow_normal(weight)
         nn.init.zeros_(self.predict.bias)
 
     def views(self) -> dict[str, View]:

@@ -39,6 +39,7 @@ class DecoderConfig(Section):
     mixing: bool = Field(
         False, description="of attention=cross: each block looks at a mixture of the encoder's blocks, before its final norm"
     )
+    positions: Literal["sincos", "learned"] = Field("sincos", description="fixed, as the encoder's; or learned (Pixio)")
 
     @model_validator(mode="after")
     def _mixes_for_somebody(self) -> "DecoderConfig":
@@ -48,12 +49,12 @@ class DecoderConfig(Section):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"attention", "mixing"})
+        return self.model_dump(exclude={"attention", "mixing", "positions"})
 
     def build(self, spec: EncoderSpec, out: int) -> Decoder:
         if self.attention == "cross":
-            return CrossDecoder(spec, **self.sizes, mixing=self.mixing, out=out)
-        return Decoder(spec, **self.sizes, out=out)
+            return CrossDecoder(spec, **self.sizes, positions=self.positions, mixing=self.mixing, out=out)
+        return Decoder(spec, **self.sizes, positions=self.positions, out=out)
 
 
 CROP = SingleConfig(scale=(0.2, 1.0))

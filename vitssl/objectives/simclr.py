@@ -33,7 +33,7 @@ class SimCLR(PairObjective):
 
     def __init__(self, config: Config, spec: EncoderSpec) -> None:
         super().__init__(config, spec)
-        self.projector = mlp([spec.dim, *[config.hidden] * (config.layers - 1), config.out], last="norm")
+        self.projector = mlp([spec.dim, *[config.hidden] * (config.layers - 1), config.out], last="scaled")
 
     def compare(self, embeddings: Embeddings, targets: Embeddings, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         first, second = (self.projector(embeddings[name]) for name in ("first", "second"))

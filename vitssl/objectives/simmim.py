@@ -15,6 +15,7 @@ from vitssl.errors import ConfigError
 from vitssl.losses.pixels import patchify, unpatchify
 from vitssl.losses.regression import masked_l1
 from vitssl.masks.units import unit_masks
+from vitssl.models.init import narrow_normal
 from vitssl.models.spec import EncoderSpec
 from vitssl.objectives.base import Nets, Objective
 from vitssl.objectives.mae import Reconstruction
@@ -57,7 +58,7 @@ class SimMIM(Objective):
                 f" {1 - 1 / self.num_units:.4g} or a smaller mask_unit"
             )
         self.mask_token = nn.Parameter(torch.empty(1, 1, spec.dim))  # 3-D as in the official code, where it is weight-decayed
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        narrow_normal(self.mask_token)
         self.paint = nn.Linear(spec.dim, spec.patch[0] * spec.patch[1] * spec.channels)
 
     def views(self) -> dict[str, View]:
