@@ -13,7 +13,6 @@ from typing import Any
 from finetune.config import FinetuneConfig
 from vitssl import dist
 from vitssl.command import Command
-from vitssl.errors import ConfigError
 from vitssl.report import Report
 from vitssl.train.export import newest_export
 from vitssl.train.folder import begun_with, run_folder
@@ -23,12 +22,7 @@ LEVEL = 0.95
 
 
 def run_seeds(config: FinetuneConfig, command: Command, once: Once) -> int:
-    """Run the seeds one after the other and sum them up. Returns the exit code. Raises ConfigError for ZeRO engines."""
-    if config.launch.engine.startswith("zero"):
-        raise ConfigError(
-            f"seeds={config.seeds} and launch.engine={config.launch.engine}: DeepSpeed trains one network a process; run"
-            " seed=0, seed=1, ... with names of their own, or take launch.engine=ddp"
-        )
+    """Run the seeds one after the other and sum them up. Returns the exit code."""
     own = [seeded(config, config.seed + number) for number in range(config.seeds)]
     if config.encoder == "newest":  # decided once: all seeds begin from the same
         known = ((begun_with(run_folder(each)) or {}).get("encoder") for each in own)
