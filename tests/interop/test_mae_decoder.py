@@ -23,14 +23,16 @@ transformers = pytest.importorskip("transformers", reason="the extra vitssl[tran
 SETTINGS = {"mask_ratio": 0.7, "decoder": {"dim": 8, "depth": 2, "heads": 2, "mlp_ratio": 3.0}}
 
 
-def pretrained(folder: Path, *, step: int = 5, attention: str = "self", **changes: Any) -> tuple[Encoder, MAE]:
+def pretrained(
+    folder: Path, *, step: int = 5, attention: str = "self", places: str = "sincos", **changes: Any
+) -> tuple[Encoder, MAE]:
     """A run as python -m pretrain leaves it, as far as it matters here."""
     torch.manual_seed(0)
     arguments = {"embed_dim": 16, "depth": 2, "num_heads": 2}
     values = {"name": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "arguments": arguments, "positions": "sincos"}
     section = EncoderConfig.model_validate(values | changes)
     encoder = create(section)
-    settings = SETTINGS | {"decoder": SETTINGS["decoder"] | {"attention": attention}}
+    settings = SETTINGS | {"decoder": SETTINGS["decoder"] | {"attention": attention, "positions": places}}
     mae = MAE(MAE.Config.model_validate(settings), encoder.spec)
     with torch.no_grad():
         for parameter in (*encoder.parameters(), *mae.parameters()):
@@ -44,8 +46,9 @@ def pretrained(folder: Path, *, step: int = 5, attention: str = "self", **change
     return encoder, mae
 
 
-def test_it_paints_the_same_and_has_the_same_loss(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    encoder, mae = pretrained(tmp_path / "run")
+@pytest.mark.parametrize("places", ["sincos", "learned"])
+def test_it_paints_the_same_and_has_the_same_loss(tmp_path: Path, capsys: pytest.CaptureFixture, places: str) -> None:
+    encoder, mae = pretrained(tmp_path / "run", places=places)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "transformers", "--decoder"]) == 0
     assert "outputs differ by" in capsys.readouterr().out
     model = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "out").eval()
